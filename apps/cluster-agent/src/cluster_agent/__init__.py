@@ -1,0 +1,1 @@
+"""The control plane as a daemon of its own."""

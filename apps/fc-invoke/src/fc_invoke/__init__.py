@@ -1,0 +1,1 @@
+"""One request, one guest: the whole substrate in one process."""

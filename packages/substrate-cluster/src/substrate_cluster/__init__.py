@@ -1,0 +1,1 @@
+"""The control plane: who may call, what exists, where a call runs."""

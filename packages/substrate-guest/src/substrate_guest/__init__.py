@@ -1,0 +1,1 @@
+"""The inside of a guest: serves a Python callable or ASGI app over vsock."""

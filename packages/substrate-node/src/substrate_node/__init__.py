@@ -1,0 +1,1 @@
+"""The data plane: claims a guest for one invocation, runs it, gives it back."""
