@@ -1,0 +1,57 @@
+"""Clean-up that survives cancellation, and an owner for what is still being undone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from substrate_seam.events import CleanupFailed, CleanupLate, Emit
+
+
+class Reaper:
+    """Owns clean-up work that outlives whoever began it. Closing it waits until all of it is done."""
+
+    def __init__(self, *, emit: Emit) -> None:
+        self._emit = emit
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def spawn(self, cleanup: Coroutine[Any, Any, object], *, what: str) -> asyncio.Task[object]:
+        """Run `cleanup` under this owner; a failure of it is told as `CleanupFailed`."""
+        task = asyncio.get_running_loop().create_task(cleanup, name=what)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._emit(CleanupFailed(what=task.get_name(), message=f"{type(error).__name__}: {error}"))
+
+    async def finish(self, cleanup: Coroutine[Any, Any, object], *, what: str, within_s: float = 10.0) -> None:
+        """Run `cleanup` to its end even if cancelled meanwhile, then let the cancellation go on.
+
+        After `within_s` seconds a `CleanupLate` is told and the clean-up goes on without us.
+        """
+        await self.join(self.spawn(cleanup, what=what), within_s=within_s)
+
+    async def join(self, task: asyncio.Task[object], *, within_s: float = 10.0) -> None:
+        """Wait for a task of this owner as `finish` does. Its failure has been told and is not raised here."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + within_s
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done() and loop.time() < deadline_s:
+            try:  # unlike `await task`, `wait` never cancels it
+                await asyncio.wait({task}, timeout=deadline_s - loop.time())
+            except asyncio.CancelledError as again:  # once, twice, or on each turn by an anyio scope
+                cancelled = again
+        if not task.done():
+            self._emit(CleanupLate(what=task.get_name(), waited_s=within_s))
+        if cancelled is not None:
+            raise cancelled
+
+    async def aclose(self) -> None:
+        """Wait for everything owned, including what is added meanwhile."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
