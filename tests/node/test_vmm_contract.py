@@ -1,0 +1,68 @@
+"""Every monitor keeps the promises of `vmm_contract`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from random import Random
+
+import pytest
+
+from fakes.vmm import FakeGuest, FakeVmm, GuestAnswer, GuestCall
+from node.vmm_contract import PROMISES, Promise
+from simulation import virtual_time
+from simulation.network import Network
+from substrate_seam.invocation import Isolation
+from substrate_seam.workload import Workload, WorkloadSpec
+
+each_promise = pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+
+
+class FakeRig:
+    """The monitor in memory."""
+
+    def __init__(self, dice: Random) -> None:
+        self.vmm = FakeVmm(network=Network(dice), behaviour=obedient)
+        self.workload = Workload.of(WorkloadSpec(name="hello", command=("hello",)))
+        jailed = WorkloadSpec(name="jailed", command=("hello",), isolation=Isolation.MICROVM_JAILED)
+        self.refused = Workload.of(jailed)
+
+    def left(self) -> Collection[str]:
+        """Guests and bases."""
+        return [*self.vmm.alive, *self.vmm.bases]
+
+
+async def obedient(guest: FakeGuest, call: GuestCall) -> GuestAnswer:
+    """Do what the contract asks of a guest."""
+    verb, _, argument = call.target.removeprefix("/").partition("/")
+    match verb:
+        case "exit":
+            guest.die(f"exit status {argument}")
+        case "hang":
+            await asyncio.Future()
+        case "dial":
+            return GuestAnswer(chunks=(await dial_out(guest, int(argument)),))
+    return GuestAnswer(chunks=(b"hello",))
+
+
+async def dial_out(guest: FakeGuest, port: int) -> bytes:
+    """What the port of the host says first."""
+    try:
+        reader, writer = await guest.dial_out(port)
+    except ConnectionRefusedError:
+        return b"refused"
+    greeting = await reader.read()
+    writer.close()
+    return greeting
+
+
+@each_promise
+def test_the_fake_keeps_the_contract(promise: Promise):
+    """In virtual time, and nothing is left at its end."""
+
+    async def main(dice: Random) -> Collection[str]:
+        rig = FakeRig(dice)
+        await promise(rig)
+        return rig.left()
+
+    assert not virtual_time.run(main, seed=1).value
