@@ -1,0 +1,256 @@
+"""One request and its reply, as an ASGI application sees them: `receive`, `send` and the rules of HTTP between."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import re
+import traceback
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
+from typing import Any, Protocol
+
+from substrate_seam.errors import Reason
+from substrate_seam.events import DefectFound, Emit
+from substrate_service.bodies import BodyReader
+from substrate_service.heads import Head
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
+
+ABORT = "substrate.abort"
+"""The message, and the extension, by which an application cuts its connection at once."""
+
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_BODILESS = frozenset({204, 304})
+
+
+class Connection(Protocol):
+    """What an exchange asks of the connection it is on."""
+
+    async def writable(self) -> None:
+        """Return once the peer reads fast enough, or is gone."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Send bytes, in order."""
+        ...
+
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        """Fields of every reply."""
+        ...
+
+    def refusal(self, status: int, reason: Reason, message: str, *, bodiless: bool = False) -> bytes:
+        """A whole reply that says what is wrong, after which the connection closes; only its head if `bodiless`."""
+        ...
+
+    def wants_body(self, exchange: Exchange) -> None:
+        """Read on: the application waits for the body, or for the peer to leave."""
+        ...
+
+    def may_stay(self, exchange: Exchange) -> bool:
+        """Whether another request may follow this reply."""
+        ...
+
+    def replied(self, exchange: Exchange, *, stay: bool) -> None:
+        """The reply is complete."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection at once; nothing that is still unsent goes out."""
+        ...
+
+
+class Exchange:
+    """One request and its reply.
+
+    `gone` is true once nobody will read the reply any more; sends are then dropped and `receive` says so.
+    """
+
+    def __init__(self, head: Head, body: BodyReader, scope: Scope, connection: Connection, emit: Emit) -> None:
+        self.head = head
+        self.reader = body
+        self.replied = False
+        self.reply_started = False
+        self.gone = False
+        self.owes_continue = head.expects_continue
+        self.body = bytearray()
+        self._end_told = False
+        self._scope = scope
+        self._connection = connection
+        self._emit = emit
+        self._news = asyncio.Event()
+        self._stay = True
+        self._chunked = False
+        self._length_left: int | None = None  # None when the reply has no body, whatever its fields say
+
+    # What the connection tells.
+
+    def take(self, body: bytes) -> None:
+        """Keep bytes of the request body until the application asks for them."""
+        self.body += body
+        self._news.set()
+
+    def leave(self) -> None:
+        """The peer is gone, or has been answered by the listener itself."""
+        self.gone = True
+        self._news.set()
+
+    @property
+    def awaits_body(self) -> bool:
+        """Whether the peer still owes bytes of the request body."""
+        return not self.reader.whole
+
+    # What the application does.
+
+    async def run(self, app: App) -> None:
+        """Run the application; whatever it leaves unfinished, the connection does not wait for."""
+        try:
+            await app(self._scope, self.receive, self.send)
+        except asyncio.CancelledError:
+            if not (self.gone or self.replied):
+                self._connection.abort()
+            raise
+        except Exception as exc:  # noqa: BLE001  # a defect of one call is told, and must not end the listener
+            self._broke(f"the application raised {type(exc).__name__}: {exc}", traceback.format_exc())
+        else:
+            if not (self.replied or self.gone):
+                self._broke("the application returned without completing its reply", "")
+
+    def _broke(self, message: str, trace: str) -> None:
+        self._emit(DefectFound(message=message, traceback=trace))
+        if self.gone or self.replied:
+            return
+        if self.reply_started:
+            self._connection.abort()
+        else:
+            self.answer(500, Reason.INTERNAL, "a defect of this service stopped the request")
+
+    def answer(self, status: int, reason: Reason, message: str) -> None:
+        """Reply in the application's stead, and let nothing of its own reply follow."""
+        self.reply_started = True
+        bodiless = self.head.method == "HEAD"
+        self._connection.write(self._connection.refusal(status, reason, message, bodiless=bodiless))
+        self.leave()
+        self._connection.replied(self, stay=False)
+
+    async def receive(self) -> Message:
+        """The next piece of the request body; once that is whole, wait for the peer to leave or the reply to end."""
+        if not (self.gone or self.replied):
+            if self.owes_continue:
+                self.owes_continue = False
+                self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            while not self._deliverable():
+                self._news.clear()
+                self._connection.wants_body(self)
+                await self._news.wait()
+        if self.gone or self.replied:
+            return {"type": "http.disconnect"}
+        body, self.body = bytes(self.body), bytearray()
+        self._end_told = self.reader.whole
+        return {"type": "http.request", "body": body, "more_body": not self._end_told}
+
+    def _deliverable(self) -> bool:
+        return bool(self.gone or self.replied or self.body or (self.reader.whole and not self._end_told))
+
+    async def send(self, message: Message) -> None:
+        """Send a piece of the reply, waiting while the peer reads too slowly. Dropped once the peer is gone."""
+        kind = message["type"]
+        if kind == ABORT:
+            self.leave()
+            self._connection.abort()
+            return
+        if not self.gone:
+            await self._connection.writable()
+        if self.gone:
+            return
+        if self.replied:
+            raise RuntimeError(f"{kind} was sent after the reply was complete")
+        if not self.reply_started:
+            if kind != "http.response.start":
+                raise RuntimeError(f"the reply must begin with http.response.start, not {kind}")
+            self._connection.write(self._reply_head(message["status"], message.get("headers", ())))
+            self.reply_started = True
+            self.owes_continue = False
+            return
+        if kind != "http.response.body":
+            raise RuntimeError(f"the reply goes on with http.response.body, not {kind}")
+        self._send_body(message.get("body", b""), more=message.get("more_body", False))
+
+    def _reply_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """The head of the reply. Raises `ValueError` when it would not be one, with nothing sent."""
+        self._stay = self._connection.may_stay(self)
+        lines, length, chunked = [status_line(status)], None, False
+        for field, value in [*self._connection.default_headers(), *headers]:
+            name = _field_name(field)
+            if _NOT_IN_VALUE.search(value):
+                raise ValueError(f"the value of {name.decode()} holds a control character")
+            if name == b"content-length":
+                length = _length(value, length)
+                if status == 204:
+                    continue  # "no content" has no length to tell
+            elif name == b"transfer-encoding":
+                chunked = True  # we frame the body ourselves, and chunked is the only coding there is
+                continue
+            elif name == b"connection":
+                self._stay = self._stay and b"close" not in value.lower()
+                continue
+            lines.append(b"%s: %s\r\n" % (name, value))
+        if status in _BODILESS or self.head.method == "HEAD":
+            self._length_left = None
+        elif length is not None and not chunked:
+            self._length_left = length
+        elif length is not None:
+            raise ValueError("the reply has both Content-Length and Transfer-Encoding")
+        else:
+            self._chunked = True
+            lines.append(b"transfer-encoding: chunked\r\n")
+        if not self._stay:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"\r\n")
+        return b"".join(lines)
+
+    def _send_body(self, body: bytes, *, more: bool) -> None:
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            data = data if more else data + b"0\r\n\r\n"
+        elif self._length_left is None:
+            data = b""
+        else:
+            data = body
+            self._length_left -= len(body)
+            if self._length_left < 0 or (self._length_left and not more):
+                raise RuntimeError("the body of the reply is not as long as its Content-Length")
+        if data:
+            self._connection.write(data)
+        if not more:
+            self.replied = True
+            self._news.set()
+            self._connection.replied(self, stay=self._stay)
+
+
+@lru_cache(maxsize=600)
+def status_line(status: int) -> bytes:
+    """The first line of a reply; raises `ValueError` for what cannot be the final status of one."""
+    if not 200 <= status <= 599:
+        raise ValueError(f"{status} cannot be the status of a reply")
+    try:
+        phrase = http.HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
+
+
+@lru_cache(maxsize=1024)
+def _field_name(name: bytes) -> bytes:
+    if not _TOKEN.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a field")
+    return name.lower()
+
+
+def _length(value: bytes, before: int | None) -> int:
+    if not value.isdigit() or before is not None:
+        raise ValueError("Content-Length must be one decimal number")
+    return int(value)
