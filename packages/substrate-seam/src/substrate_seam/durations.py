@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")  # \d would take any script's digits
 _WHOLE = re.compile(rf"[+-]?(?:{_PART.pattern})+")
 ACCEPTED = "a duration in Go syntax such as 90s, 1m30s, 300ms or 1.5h (a bare number is not one, except 0)"
 

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 
 from substrate_seam.invocation import Isolation, WorkloadRef
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]  # `$` would take a trailing newline
 Positive = Annotated[int, Meta(ge=1)]
 
 FEATURES = frozenset({"sessioned", "egress-rules", "pool"})
@@ -60,6 +60,12 @@ class WorkloadSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise ValueError(f"workload {self.name!r} needs exactly one of `command` and `rootfs_path`")
 
 
+# msgspec leaves a default out only when it is the very same object, which a number read from a file is not.
+_DEFAULTS = {
+    field.name: {} if field.default_factory is dict else field.default for field in msgspec.structs.fields(WorkloadSpec)
+}
+
+
 class Workload:
     """A spec together with the very bytes that travel; `digest` is the SHA-256 of those bytes in hex.
 
@@ -76,7 +82,8 @@ class Workload:
     @classmethod
     def of(cls, spec: WorkloadSpec) -> Workload:
         """Seal a spec: sorted keys, defaults left out, so equal specs have equal digests."""
-        return cls(spec, msgspec.json.encode(spec, order="sorted"))
+        said = {name: value for name, default in _DEFAULTS.items() if (value := getattr(spec, name)) != default}
+        return cls(spec, msgspec.json.encode(said, order="sorted"))
 
     @classmethod
     def parse(cls, raw: bytes) -> Workload:
