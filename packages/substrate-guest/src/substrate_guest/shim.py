@@ -1,0 +1,126 @@
+"""The process in a guest: serves a workload to its host, one HTTP exchange per connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from substrate_guest.control import Control, Readiness
+from substrate_guest.exchange import Exchange, Refused
+from substrate_guest.failure import describe, log
+from substrate_guest.identity import Identities, OwnKernel
+from substrate_guest.journal import AUDIT_VARIABLE, journal
+from substrate_guest.loading import NotAWorkload, load
+from substrate_guest.vsock import CONTROL_PORT, DATA_PORT, from_environ
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable
+
+    from substrate_guest.app import Request
+    from substrate_guest.vsock import Vsock
+    from substrate_guest.workload import Workload
+
+EXIT_PRIME_FAILED = 1
+EXIT_USAGE = 2
+TELL_S = 1.0
+"""How long a guest that failed to get ready waits for the node to ask why."""
+
+
+async def serve(workload: Workload, vsock: Vsock, *, primed: bool = False, audit: bool = False) -> NoReturn:
+    """Serve `workload` on the data port and its control on the control port, until the process ends.
+
+    `primed` says that `Workload.prime` has been awaited, in the process that this one was forked from. When priming or
+    starting fails, the process ends with `EXIT_PRIME_FAILED`, so that the node hears of it.
+    """
+    readiness = Readiness()
+    control = Control(workload, Identities(OwnKernel() if vsock.own_kernel else None, os.environ), readiness)
+
+    async def respond(request: Request, exchange: Exchange) -> None:
+        if not readiness.ready:
+            raise Refused(503, readiness.failure or "not ready yet")
+        if audit:
+            await journal(request, vsock)
+        await workload.respond(request, exchange)
+
+    answers = {DATA_PORT: answering(respond), CONTROL_PORT: answering(control.respond)}
+    async with asyncio.TaskGroup() as duties:
+        duties.create_task(vsock.serve(answers), name="vsock")
+        try:
+            if not primed:
+                await workload.prime()
+            await workload.start(duties)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, the guest cannot serve
+            await _fail(readiness, error)
+        readiness.settle()
+    raise AssertionError("the vsock is served until the process ends")
+
+
+async def _fail(readiness: Readiness, error: BaseException) -> NoReturn:
+    log(error)
+    readiness.settle(f"the workload failed to get ready: {describe(error)}")
+    with suppress(TimeoutError):
+        await asyncio.wait_for(readiness.told.wait(), TELL_S)
+    end(EXIT_PRIME_FAILED)
+
+
+def answering(
+    respond: Callable[[Request, Exchange], Awaitable[None]],
+) -> Callable[[socket.socket, bytes], Awaitable[None]]:
+    """Answer a connection with one exchange; an error is a 502, or a cut reply once bytes of it have gone out."""
+
+    async def answer(sock: socket.socket, received: bytes) -> None:
+        exchange = Exchange(sock, received)
+        try:
+            try:
+                request = await exchange.request()
+            except OSError:  # the peer left: there is nobody to answer
+                return
+            await respond(request, exchange)
+        except Refused as refused:
+            await exchange.refuse(refused)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # one exchange never ends the others
+            log(error)
+            await exchange.refuse(Refused(502, f"the workload failed: {describe(error)}"))
+        finally:
+            exchange.close()
+
+    return answer
+
+
+def end(status: int) -> NoReturn:
+    """End the process now, whatever its threads and tasks are in the middle of."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end the process at once, also in the middle of a request."""
+    if os.getpid() == 1:  # the kernel spares the first process of a namespace a signal it has no handler for
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def main(target: str, *, directory: str | None = None) -> NoReturn:
+    """Serve the workload that `target` (`module:attribute`) names, with `directory` as the working directory."""
+    end_on_sigterm()
+    try:
+        vsock = from_environ(os.environ)
+        audit = os.environ.pop(AUDIT_VARIABLE, "") == "1"
+        if directory is not None:
+            os.chdir(directory)
+        sys.path.insert(0, str(Path.cwd()))
+        workload = load(target)
+    except (ValueError, OSError, NotAWorkload) as error:
+        if error.__cause__ is not None:
+            log(error.__cause__)
+        print(f"substrate-guest: {error}", file=sys.stderr)  # noqa: T201  # the console is the guest's log
+        sys.exit(EXIT_USAGE)
+    asyncio.run(serve(workload, vsock, audit=audit))

@@ -1,0 +1,1 @@
+"""Workloads that every guest can run without bringing code of its own."""
