@@ -1,0 +1,100 @@
+"""The admin listener's application: reasons, metrics, and the story of each invocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Final
+
+import msgspec
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
+
+from substrate_cluster.auth import Authenticator
+from substrate_cluster.ingress.app import TEXT, healthz, probe, routed
+from substrate_cluster.ingress.errors import refused
+from substrate_cluster.ingress.exchange import Endpoint, Exchange, Handler
+from substrate_cluster.ingress.headers import sort_fields, wants_json
+from substrate_cluster.ingress.hosts import HostRule, is_loopback
+from substrate_cluster.ingress.invocations import ReadyReasons
+from substrate_seam.errors import Reason
+from substrate_seam.events import Emit
+
+_JSON: Final = b"application/json"
+_METRICS: Final = b"text/plain; version=0.0.4; charset=utf-8"
+_STORIES: Final = "/v1/invocations/"
+_ROUTES: Final = "GET /healthz, /readyz, /metrics and /v1/invocations/{id}"
+
+
+def admin_app(
+    *,
+    ready: ReadyReasons,
+    metrics: Callable[[], bytes],
+    story: Callable[[str], object | None],
+    authenticator: Authenticator | None,
+    allowed_hosts: Collection[str],
+    mint_id: Callable[[], str],
+    emit: Emit,
+) -> ASGIApp:
+    """Probes for whoever reaches the listener; the rest for operators.
+
+    Without an `authenticator` an operator is whoever calls from this machine. `metrics` gives the Prometheus text,
+    `story` what is known of an invocation as something that can be JSON, or None.
+    """
+    hosts = HostRule(allowed_hosts)
+
+    async def check_operator(exchange: Exchange) -> None:
+        fields = sort_fields(exchange.scope["headers"])
+        hosts.check(fields.ours)
+        client = exchange.scope.get("client")
+        if authenticator is not None:
+            await authenticator.authenticate(fields.ours.get(b"authorization", ()))
+        elif client is not None and not is_loopback(client[0]):  # a Unix socket has no client address
+            raise refused(
+                Reason.FORBIDDEN, "forbidden", hint="From another machine this takes a token: see ADMIN_TOKEN_FILE."
+            )
+
+    def for_operators(handler: Handler) -> Handler:
+        async def checked(exchange: Exchange) -> None:
+            await check_operator(exchange)
+            await handler(exchange)
+
+        return checked
+
+    async def readyz(exchange: Exchange) -> None:
+        reasons = ready()
+        status = 503 if reasons else 200
+        if wants_json(exchange.scope["headers"]):
+            body = msgspec.json.encode({"ready": not reasons, "reasons": reasons})
+            await exchange.answer(status, _JSON, body)
+        else:
+            await exchange.answer(status, TEXT, ("\n".join(reasons or ["ok"]) + "\n").encode())
+
+    async def told_story(exchange: Exchange) -> None:
+        invocation_id = exchange.scope["path"].removeprefix(_STORIES)
+        found = story(invocation_id)
+        if found is None:
+            raise refused(
+                Reason.NOT_FOUND,
+                f"nothing is known of invocation {invocation_id[:100]!r}",
+                hint="The ring keeps the latest ones; the logs may have it.",
+            )
+        await exchange.answer(200, _JSON, msgspec.json.encode(found))
+
+    async def exposed(exchange: Exchange) -> None:
+        await exchange.answer(200, _METRICS, metrics())
+
+    async def nothing(exchange: Exchange) -> None:
+        method, path = exchange.scope["method"], exchange.scope["path"]
+        raise refused(Reason.NOT_FOUND, f"there is no {method} {path[:100]!r} here", hint=f"There is {_ROUTES}.")
+
+    def endpoint(handler: Handler) -> Endpoint:
+        return Endpoint(handler, mint_id=mint_id, emit=emit)
+
+    not_found = for_operators(nothing)
+    routes = [
+        Route("/healthz", endpoint(probe(healthz, otherwise=not_found))),
+        Route("/readyz", endpoint(probe(readyz, otherwise=not_found))),
+        Route("/metrics", endpoint(probe(for_operators(exposed), otherwise=not_found))),
+        Mount(_STORIES, endpoint(probe(for_operators(told_story), otherwise=not_found))),
+    ]
+    return routed(routes, otherwise=endpoint(not_found))

@@ -1,0 +1,95 @@
+"""The public listener's application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from starlette.routing import Mount, Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from substrate_cluster.admission import Admission
+from substrate_cluster.auth import Authenticator
+from substrate_cluster.ingress.errors import refused
+from substrate_cluster.ingress.exchange import Endpoint, Exchange, Handler
+from substrate_cluster.ingress.hosts import HostRule
+from substrate_cluster.ingress.invocations import Catalog, Front, Limits, ReadyReasons
+from substrate_seam.errors import Reason
+from substrate_seam.events import Emit
+from substrate_seam.executor import NodeExecutor
+
+TEXT = b"text/plain; charset=utf-8"
+
+
+def public_app(
+    *,
+    catalog: Catalog,
+    executor: NodeExecutor,
+    authenticator: Authenticator,
+    admission: Admission,
+    allowed_hosts: Collection[str],
+    limits: Limits,
+    ready: ReadyReasons,
+    mint_id: Callable[[], str],
+    emit: Emit,
+) -> ASGIApp:
+    """Invocations, `/healthz` and a `/readyz` that says no more than yes or no.
+
+    `mint_id` gives 32 hex digits, new each time; `allowed_hosts` are names and addresses without port
+    (`default_hosts` has those of an address).
+    """
+    front = Front(
+        catalog=catalog,
+        executor=executor,
+        authenticator=authenticator,
+        admission=admission,
+        hosts=HostRule(allowed_hosts),
+        limits=limits,
+        emit=emit,
+    )
+
+    async def readyz(exchange: Exchange) -> None:
+        if ready():
+            raise refused(Reason.NOT_READY, "not ready", hint="The admin listener's /readyz says why.")
+        await exchange.answer(200, TEXT, b"ok\n")
+
+    def endpoint(handler: Handler) -> Endpoint:
+        return Endpoint(handler, mint_id=mint_id, emit=emit)
+
+    routes = [
+        Mount("/invoke", endpoint(front.invoke)),
+        Mount("/http", endpoint(front.http)),
+        Route("/healthz", endpoint(probe(healthz, otherwise=front.not_found))),
+        Route("/readyz", endpoint(probe(readyz, otherwise=front.not_found))),
+    ]
+    return routed(routes, otherwise=endpoint(front.not_found))
+
+
+async def healthz(exchange: Exchange) -> None:
+    """The process serves; it says nothing else."""
+    await exchange.answer(200, TEXT, b"ok\n")
+
+
+def probe(handler: Handler, *, otherwise: Handler) -> Handler:
+    """A page for GET and HEAD alone, open to whoever reaches the listener; other methods find nothing there."""
+
+    async def probed(exchange: Exchange) -> None:
+        await (handler if exchange.scope["method"] in {"GET", "HEAD"} else otherwise)(exchange)
+
+    return probed
+
+
+def routed(routes: list[Mount | Route], *, otherwise: Endpoint) -> ASGIApp:
+    """An application that routes by the path as it came, byte for byte, and knows nothing but HTTP."""
+    router = Router(routes, redirect_slashes=False, default=otherwise)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # Decoded, `/%69nvoke` and a session with a line break would be routed as what they are not.
+            scope["path"] = scope["raw_path"].decode("latin-1")
+            await router(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await router(scope, receive, send)
+        else:
+            await send({"type": "websocket.close"})
+
+    return app

@@ -1,0 +1,200 @@
+"""One request and its answer, over ASGI: the funnel that every error ends in, the body, and the caller's hang-up."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Final, Self
+
+from starlette.types import Receive, Scope, Send
+
+from substrate_cluster.admission import Hold
+from substrate_cluster.ingress.errors import Fields, answer_to, refused, told_reason
+from substrate_cluster.ingress.headers import wants_json
+from substrate_seam.errors import InternalError, Reason, SubstrateError
+from substrate_seam.events import CallRefused, DefectFound, Emit
+
+ABORT: Final = "substrate.abort"
+"""The extension of our listener that breaks the connection, so that a cut reply never looks whole."""
+
+
+class Exchange:
+    """One request under its id, and how much of its answer has gone out.
+
+    `status` is 0 until a head went out; `complete` turns true with the last piece; `body_bytes` counts what went out.
+    """
+
+    __slots__ = ("_id_field", "_send", "began_s", "body_bytes", "complete", "id", "receive", "scope", "status")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, invocation_id: str) -> None:
+        self.scope = scope
+        self.receive = receive
+        self._send = send
+        self.id = invocation_id
+        self._id_field = (b"fc-invocation-id", invocation_id.encode())
+        self.began_s = asyncio.get_running_loop().time()
+        self.status = 0
+        self.body_bytes = 0
+        self.complete = False
+
+    @property
+    def age_ms(self) -> float:
+        """Milliseconds since the request's head was here."""
+        return (asyncio.get_running_loop().time() - self.began_s) * 1e3
+
+    async def head(self, status: int, fields: Fields) -> None:
+        """Send a head; the exchange's id joins its fields."""
+        fields.append(self._id_field)
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": fields})
+
+    async def piece(self, body: bytes) -> None:
+        """Send a piece of the body, at once."""
+        self.body_bytes += len(body)
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self, body: bytes = b"") -> None:
+        """Send the last piece."""
+        self.complete = True
+        self.body_bytes += len(body)
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def answer(self, status: int, content_type: bytes, body: bytes) -> None:
+        """Send a whole answer of our own."""
+        await self.head(status, [(b"content-type", content_type), (b"content-length", b"%d" % len(body))])
+        await self.end(body)
+
+    async def fail(self, error: SubstrateError) -> None:
+        """Tell the caller of an error: by an answer, or once a head went out by breaking the connection.
+
+        Raises the error itself where the server cannot break a connection: its own handling of that does.
+        """
+        if self.complete:
+            return
+        if not self.status:
+            status, fields, body = answer_to(error, self.id, as_json=wants_json(self.scope["headers"]))
+            await self.head(status, fields)
+            await self.end(body)
+        elif ABORT in self.scope.get("extensions", {}):
+            self.complete = True
+            await self._send({"type": ABORT})
+        else:
+            raise error
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class Endpoint:
+    """An ASGI application around one handler: names the request, and answers for whatever the handler raises."""
+
+    def __init__(self, handler: Handler, *, mint_id: Callable[[], str], emit: Emit) -> None:
+        self._handler = handler
+        self._mint_id = mint_id
+        self._emit = emit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        exchange = Exchange(scope, receive, send, invocation_id=self._mint_id())
+        try:
+            await self._handler(exchange)
+        except SubstrateError as error:
+            await exchange.fail(error)
+            reason = told_reason(error.reason)
+            self._emit(
+                CallRefused(invocation_id=exchange.id, reason=reason, status=exchange.status, message=error.message)
+            )
+        except Exception as error:  # noqa: BLE001  # the last resort: told to the caller and to the maintainers
+            await exchange.fail(defect(error, exchange.id, emit=self._emit))
+
+
+def defect(error: Exception, invocation_id: str, *, emit: Emit) -> InternalError:
+    """What a caller hears of a bug of ours; its maintainers hear the rest."""
+    trace = "".join(traceback.format_exception(error))
+    emit(DefectFound(message=f"{type(error).__name__}: {error}", traceback=trace, invocation_id=invocation_id))
+    return InternalError("a defect in the substrate", hint="Please report it with the id of the invocation.")
+
+
+async def whole_body(receive: Receive, hold: Hold, *, bytes_max: int, within_s: float) -> bytes:
+    """The request's body, covered by `hold` as it arrives.
+
+    Raises `body-too-large`, `body-timeout`, `overloaded`, or `bad-request` when the caller leaves meanwhile.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(within_s):
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise refused(Reason.BAD_REQUEST, "the caller left before its body was whole")
+                piece: bytes = message.get("body", b"")
+                if piece:
+                    size += len(piece)
+                    check_size(size, bytes_max=bytes_max)
+                    hold.cover(size)
+                    pieces.append(piece)
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise refused(
+            Reason.BODY_TIMEOUT, f"the body was not whole after {within_s:g} s", hint="Send it faster, or less of it."
+        ) from None
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def check_size(body_bytes: int, *, bytes_max: int) -> None:
+    """Raises `body-too-large` for a body over its bound."""
+    if body_bytes > bytes_max:
+        raise refused(
+            Reason.BODY_TOO_LARGE,
+            f"the body is over {bytes_max} bytes",
+            hint="Send less, or let the workload fetch it.",
+        )
+
+
+class ClientLeft(Exception):
+    """The caller closed its connection before it had its whole answer."""
+
+
+class HangUpWatch:
+    """Leaves the block it guards by `ClientLeft` as soon as the caller is gone.
+
+    Its one task awaits `receive` and cancels the task that runs the block, as `asyncio.timeout` would: a cancellation
+    from elsewhere stays one. The block calls `stop` before its last message, because a server also says `disconnect`
+    when an answer is complete.
+    """
+
+    __slots__ = ("_cancelling", "_left", "_owner", "_receive", "_watcher")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+
+    def __enter__(self) -> Self:
+        owner = asyncio.current_task()
+        assert owner is not None
+        self._owner = owner
+        self._cancelling = owner.cancelling()
+        # Owned by this block, which cancels it on every way out; a TaskGroup would wrap the executor's errors.
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="hang-up-watch")
+        return self
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        self._owner.cancel()
+
+    def stop(self) -> None:
+        """From now on a disconnect means nothing."""
+        self._watcher.cancel()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._watcher.cancel()
+        if self._left and self._owner.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            raise ClientLeft from error
