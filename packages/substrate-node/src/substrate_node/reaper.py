@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from typing import Any
 
@@ -43,7 +44,7 @@ class Reaper:
         cancelled: asyncio.CancelledError | None = None
         while not task.done() and loop.time() < deadline_s:
             try:  # unlike `await task`, `wait` never cancels it
-                await asyncio.wait({task}, timeout=deadline_s - loop.time())
+                await asyncio.wait({task}, timeout=None if within_s == math.inf else deadline_s - loop.time())
             except asyncio.CancelledError as again:  # once, twice, or on each turn by an anyio scope
                 cancelled = again
         if not task.done():
@@ -52,6 +53,12 @@ class Reaper:
             raise cancelled
 
     async def aclose(self) -> None:
-        """Wait for everything owned, including what is added meanwhile."""
+        """Wait for everything owned, including what is added meanwhile, even if cancelled."""
+        cancelled: asyncio.CancelledError | None = None
         while self._tasks:
-            await asyncio.wait(set(self._tasks))
+            try:
+                await asyncio.wait(set(self._tasks))
+            except asyncio.CancelledError as again:
+                cancelled = again
+        if cancelled is not None:
+            raise cancelled

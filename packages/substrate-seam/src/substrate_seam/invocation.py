@@ -18,10 +18,14 @@ class Isolation(StrEnum):
     MICROVM = "microvm"
     MICROVM_JAILED = "microvm-jailed"
 
+    @property
+    def strength(self) -> int:
+        """Its place among the others; more is stronger."""
+        return _STRENGTH[self]
+
     def satisfies(self, least: Isolation | None) -> bool:
         """Whether this isolation is at least as strong as `least`."""
-        order = tuple(Isolation)
-        return least is None or order.index(self) >= order.index(least)
+        return least is None or self.strength >= least.strength
 
 
 class Start(StrEnum):
@@ -33,8 +37,11 @@ class Start(StrEnum):
 
     def satisfies(self, least: Start | None) -> bool:
         """Whether this start is at least as fast as `least`."""
-        order = tuple(Start)
-        return least is None or order.index(self) >= order.index(least)
+        return least is None or _SPEED[self] >= _SPEED[least]
+
+
+_STRENGTH = {isolation: place for place, isolation in enumerate(Isolation)}
+_SPEED = {start: place for place, start in enumerate(Start)}
 
 
 class WorkloadRef(Struct, frozen=True):

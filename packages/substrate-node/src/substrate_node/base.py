@@ -1,0 +1,200 @@
+"""Warm bases: one per content, built beside whatever serves meanwhile, condemned only when restores from it fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from substrate_node.ledger import Ledger
+from substrate_node.ready import IdentityMint, NotReady, wait_primed
+from substrate_node.reaper import Reaper
+from substrate_node.vmm import Base, Vmm, VmmError
+from substrate_seam.events import BaseAdopted, BaseBuilt, BaseCondemned, BaseFailed, Emit
+from substrate_seam.workload import Workload
+
+FAILURES_MAX = 3
+"""So many restores in a row may fail before a base is replaced."""
+_BACKOFF_S_MIN, _BACKOFF_S_MAX = 1.0, 60.0
+
+
+class _Shelf:
+    """What is known of one input key."""
+
+    def __init__(self, vmm: Vmm, workload: Workload) -> None:
+        self.vmm = vmm
+        self.workload = workload
+        self.base: Base | None = None
+        self.failures = 0
+        self.condemned = False
+        self.backoff_s = _BACKOFF_S_MIN
+        self.builder: asyncio.Task[object] | None = None
+
+
+class Bases:
+    """All warm bases of one node, by input key. `changed` hears the key whose base is new or gone.
+
+    A base that restores are using is not discarded until the last `release`.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        mint: IdentityMint,
+        reaper: Reaper,
+        emit: Emit,
+        build_within_s: float,
+        changed: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._ledger = ledger
+        self._mint = mint
+        self._reaper = reaper
+        self._emit = emit
+        self._build_within_s = build_within_s
+        self._changed = changed
+        self._shelves: dict[str, _Shelf] = {}
+        self._holds: dict[str, int] = {}
+        self._retired: dict[str, tuple[Vmm, Base]] = {}
+
+    def current(self, key: str) -> Base | None:
+        """The base that restores should use now, if there is one."""
+        shelf = self._shelves.get(key)
+        return shelf.base if shelf else None
+
+    def want(self, key: str, workload: Workload, vmm: Vmm) -> None:
+        """See to it that there is a good base for `key`: adopt one that an earlier daemon left, or build one."""
+        shelf = self._shelves.setdefault(key, _Shelf(vmm, workload))
+        self._start_builder(key, shelf)
+
+    def hold(self, base: Base) -> None:
+        """Keep a base from being discarded."""
+        self._holds[base.base_id] = self._holds.get(base.base_id, 0) + 1
+
+    def release(self, base: Base) -> None:
+        """Let go of a base; a replaced one is discarded with its last holder."""
+        left = self._holds.get(base.base_id, 0) - 1
+        if left > 0:
+            self._holds[base.base_id] = left
+            return
+        self._holds.pop(base.base_id, None)
+        retired = self._retired.pop(base.base_id, None)
+        if retired is not None:
+            self._discard(*retired)
+
+    def succeeded(self, base: Base) -> None:
+        """A restore from it became ready."""
+        shelf = self._shelves.get(base.input_key)
+        if shelf is not None and shelf.base is base:
+            shelf.failures = 0
+
+    def failed(self, base: Base, message: str) -> None:
+        """A restore from it failed before any request was written. Enough in a row condemn it.
+
+        It keeps serving while its replacement is built beside it.
+        """
+        shelf = self._shelves.get(base.input_key)
+        if shelf is None or shelf.base is not base:
+            return  # a late failure of a base that is replaced already
+        shelf.failures += 1
+        if shelf.failures >= FAILURES_MAX and not shelf.condemned:
+            shelf.condemned = True
+            self._emit(BaseCondemned(workload=shelf.workload.name, base=base.base_id, message=message))
+            self._start_builder(base.input_key, shelf)
+
+    def drop(self, key: str) -> None:
+        """Nothing refers to this content any more."""
+        shelf = self._shelves.pop(key, None)
+        if shelf is None:
+            return
+        if shelf.builder is not None:
+            shelf.builder.cancel()
+        if shelf.base is not None:
+            self._retire(shelf.vmm, shelf.base)
+
+    def stop(self) -> None:
+        """Build no more. The bases stay, for the next daemon to adopt."""
+        for shelf in self._shelves.values():
+            if shelf.builder is not None:
+                shelf.builder.cancel()
+        self._shelves = {key: shelf for key, shelf in self._shelves.items() if shelf.base is not None}
+
+    def _start_builder(self, key: str, shelf: _Shelf) -> None:
+        needed = shelf.base is None or shelf.condemned
+        if needed and shelf.builder is None:
+            shelf.builder = self._reaper.spawn(self._keep_building(key, shelf), what=f"build a base of {key[:12]}")
+
+    async def _keep_building(self, key: str, shelf: _Shelf) -> None:
+        """Try until there is a base, ever more patiently."""
+        try:
+            base = None if shelf.condemned else await self._adopt(shelf)
+            while base is None:
+                base = await self._build(key, shelf)
+                if base is None:
+                    await asyncio.sleep(shelf.backoff_s)
+                    shelf.backoff_s = min(shelf.backoff_s * 2, _BACKOFF_S_MAX)
+            if self._shelves.get(key) is not shelf:  # dropped while the last step was on its way
+                self._retire(shelf.vmm, base)
+                return
+            old, shelf.base = shelf.base, base
+            shelf.failures, shelf.condemned, shelf.backoff_s = 0, False, _BACKOFF_S_MIN
+            if old is not None:
+                self._retire(shelf.vmm, old)
+            self._changed(key)
+        except asyncio.CancelledError:
+            return  # only drop and stop cancel a builder
+        finally:
+            shelf.builder = None
+
+    async def _adopt(self, shelf: _Shelf) -> Base | None:
+        try:
+            base = await shelf.vmm.adopt(shelf.workload)
+        except VmmError as error:
+            self._emit(BaseFailed(workload=shelf.workload.name, message=str(error), retry_in_s=0.0))
+            return None
+        if base is not None:
+            self._emit(BaseAdopted(workload=shelf.workload.name, base=base.base_id))
+        return base
+
+    async def _build(self, key: str, shelf: _Shelf) -> Base | None:
+        """Boot a guest, wait until it is warm, capture it. Its memory is on the ledger meanwhile."""
+        loop, workload = asyncio.get_running_loop(), shelf.workload
+        lease = self._ledger.reserve(workload.spec.memory_mib)
+        if lease is None:
+            self._told_failure(shelf, f"no {workload.spec.memory_mib} MiB of memory are free to build it in")
+            return None
+        began_s, guest_id = loop.time(), self._mint.guest_id()
+        named = Base(base_id="base-" + guest_id.removeprefix("inv-"), input_key=key)
+        base: Base | None = None
+        try:
+            async with asyncio.timeout(self._build_within_s):
+                guest = await shelf.vmm.boot(workload, guest_id, {})
+                await wait_primed(guest, workload)
+                base = await shelf.vmm.capture(workload, guest, named.base_id)
+        except (VmmError, NotReady, TimeoutError) as error:
+            self._told_failure(shelf, str(error) or f"not ready within {self._build_within_s:.0f} s")
+            return None
+        finally:
+            undo = _undo(shelf.vmm, guest_id, named if base is None else None, lease.release)
+            await self._reaper.finish(undo, what=f"discard {guest_id}")
+        self._emit(BaseBuilt(workload=workload.name, base=base.base_id, build_ms=(loop.time() - began_s) * 1e3))
+        return base
+
+    def _told_failure(self, shelf: _Shelf, message: str) -> None:
+        self._emit(BaseFailed(workload=shelf.workload.name, message=message, retry_in_s=shelf.backoff_s))
+
+    def _retire(self, vmm: Vmm, base: Base) -> None:
+        if self._holds.get(base.base_id):
+            self._retired[base.base_id] = (vmm, base)
+        else:
+            self._discard(vmm, base)
+
+    def _discard(self, vmm: Vmm, base: Base) -> None:
+        self._reaper.spawn(vmm.discard_base(base), what=f"discard {base.base_id}")
+
+
+async def _undo(vmm: Vmm, guest_id: str, half_made: Base | None, release: Callable[[], None]) -> None:
+    """Leave nothing of a build but its base, and not even that when a cancellation hid its success from us."""
+    await vmm.discard(guest_id)
+    release()
+    if half_made is not None:
+        await vmm.discard_base(half_made)

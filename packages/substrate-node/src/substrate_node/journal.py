@@ -1,0 +1,43 @@
+"""The audit journal: in audit mode every guest writes down, outside itself, what it is about to act on.
+
+A guest dials the journal's port, writes `id attempt` and a newline, and acts only after one byte has come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+_LINE_BYTES_MAX = 128
+
+Record = Callable[[str, int], None]
+"""Keeps an entry (invocation id, attempt) before it returns; raises `OSError` when it cannot."""
+
+
+class JournalLine(asyncio.Protocol):
+    """One entry from one guest: read, kept, acknowledged."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._line = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Await the line."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Keep the entry and acknowledge it; close on anything else, so that the guest does not act."""
+        assert self._transport is not None
+        self._line += data
+        if b"\n" not in self._line and len(self._line) <= _LINE_BYTES_MAX:
+            return
+        try:
+            invocation_id, attempt = self._line.decode("ascii").split()
+            self._record(invocation_id, int(attempt))
+        except (ValueError, OSError):
+            self._transport.abort()
+            return
+        self._transport.write(b"+")
+        self._transport.close()

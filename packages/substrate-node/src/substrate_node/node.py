@@ -1,0 +1,445 @@
+"""LocalNode: the node of this machine. Which workloads it hosts, how big it is, what it says about itself."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from substrate_node.base import Bases
+from substrate_node.calls import Calls
+from substrate_node.invoker import Claim, Invoking, Shop, Stake
+from substrate_node.journal import JournalLine, Record
+from substrate_node.ledger import Ledger
+from substrate_node.pool import Pool
+from substrate_node.ready import IdentityMint
+from substrate_node.reaper import Reaper
+from substrate_node.slots import Slots
+from substrate_node.starter import Hosted, Starter
+from substrate_node.vmm import JOURNAL_PORT, Inbound, Vmm
+from substrate_seam.errors import GuestFailed, GuestUnavailable, Ran, Reason
+from substrate_seam.events import (
+    Emit,
+    InvocationFenced,
+    NodeDraining,
+    NodeLimited,
+    NodeResumed,
+    WorkloadDropped,
+    WorkloadEnsured,
+)
+from substrate_seam.executor import Node
+from substrate_seam.invocation import Invocation
+from substrate_seam.report import NodeLimits, NodeReport, WorkloadReport
+from substrate_seam.workload import FEATURES, Workload
+
+FORGOTTEN_KEPT_S = 600.0
+"""So long a workload stays after the last agent forgot it, unless someone ensures or calls it meanwhile."""
+REPORT_GAP_S, REPORT_EVERY_S = 0.05, 2.0
+
+
+class NodeIdentity(Struct, frozen=True, kw_only=True):
+    """Who this node is; `boot_id` is new at every start of the daemon, `arch` is in Go's spelling."""
+
+    node_id: str
+    boot_id: str
+    arch: str
+    pod_uid: str | None = None
+
+
+class NodeTimes(Struct, frozen=True, kw_only=True):
+    """How long starting a guest may take, in seconds: cold, and from a base."""
+
+    boot_within_s: float = 60.0
+    restore_within_s: float = 2.0
+
+
+class LocalNode:
+    """Runs invocations on this machine. An async context manager: leaving it ends every guest.
+
+    `vmms` are asked in order which of them runs a workload. `record`, if given, keeps the audit journal.
+    """
+
+    def __init__(
+        self,
+        identity: NodeIdentity,
+        *,
+        vmms: Sequence[Vmm],
+        memory_mib: int,
+        mint: IdentityMint,
+        emit: Emit,
+        times: NodeTimes | None = None,
+        record: Record | None = None,
+    ) -> None:
+        times = times or NodeTimes()
+        self._identity = identity
+        self._vmms = vmms
+        self._emit = emit
+        self._record = record
+        self._loop = loop = asyncio.get_running_loop()
+        self._hosted: dict[str, Hosted] = {}
+        self._digests_of: dict[str, set[str]] = {}
+        self._keys_of: dict[str, set[str]] = {}
+        self._forgotten: dict[str, asyncio.TimerHandle] = {}
+        self._hearers: set[_Hearer] = set()
+        self._limits_generation = 0
+        self._draining_until_s: float | None = None
+        self._drain_timer: asyncio.TimerHandle | None = None
+        self._reaper = Reaper(emit=emit)
+        self._ledger = Ledger(memory_mib, freed=self._memory_freed)
+        self._slots: Slots[Stake] = Slots(clock=loop.time, changed=self._queue_changed)
+        self._calls = Calls(clock=loop.time)
+        self._bases = Bases(
+            ledger=self._ledger,
+            mint=mint,
+            reaper=self._reaper,
+            emit=emit,
+            build_within_s=times.boot_within_s,
+            changed=self._base_changed,
+        )
+        starter = Starter(
+            bases=self._bases,
+            mint=mint,
+            inbound=self._inbound,
+            boot_within_s=times.boot_within_s,
+            restore_within_s=times.restore_within_s,
+        )
+        self._pool = Pool(
+            ledger=self._ledger,
+            bases=self._bases,
+            starter=starter,
+            mint=mint,
+            reaper=self._reaper,
+            emit=emit,
+            starving=lambda: self._slots.starving,
+            changed=self._changed,
+        )
+        self._shop = Shop(
+            node_id=identity.node_id,
+            calls=self._calls,
+            slots=self._slots,
+            ledger=self._ledger,
+            bases=self._bases,
+            pool=self._pool,
+            starter=starter,
+            mint=mint,
+            reaper=self._reaper,
+            emit=emit,
+        )
+
+    @property
+    def node_id(self) -> str:
+        """The name of the node."""
+        return self._identity.node_id
+
+    @property
+    def boot_id(self) -> str:
+        """New at every start of the daemon."""
+        return self._identity.boot_id
+
+    @property
+    def running(self) -> int:
+        """How many invocations wait or run."""
+        return len(self._calls.live)
+
+    async def __aenter__(self) -> LocalNode:
+        """Be a node; nothing is started before a workload is ensured."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """End every call and every guest, and wait until nothing of them is left. Bases stay for the next daemon."""
+        self._draining_until_s = self._loop.time()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+        for timer in self._forgotten.values():
+            timer.cancel()
+        for hearer in self._hearers:
+            hearer.close()
+        self._end_calls()
+        self._bases.stop()
+        self._pool.close()
+        await self._reaper.finish(self._calls.idle(), what="end the last calls", within_s=math.inf)
+        await self._reaper.aclose()
+
+    async def idle(self) -> None:
+        """Wait until no invocation waits or runs."""
+        await self._calls.idle()
+
+    # Invocations.
+
+    def invoke(self, invocation: Invocation) -> Invoking:
+        """Claim a guest and open its reply; leaving the block gives the guest back (see `NodeExecutor`)."""
+        return Invoking(self.claim(invocation), invocation.request)
+
+    def claim(self, invocation: Invocation) -> Claim:
+        """Hold a ready guest for an invocation whose request body may still be on its way."""
+        return Claim(self._shop, self._host_of, invocation)
+
+    async def cancel(self, invocation_id: str) -> Ran:
+        """Fence an id; a call that waits is refused, one that runs loses its guest."""
+        ran = self._calls.fence(invocation_id)
+        self._emit(InvocationFenced(invocation_id=invocation_id, ran=ran))
+        return ran
+
+    def _host_of(self, invocation: Invocation) -> Hosted:
+        if self._draining_until_s is not None:
+            raise self._drained()
+        digest, name = invocation.workload.digest, invocation.workload.name
+        hosted = self._hosted.get(digest)
+        if hosted is None:
+            raise GuestUnavailable(
+                Reason.UNKNOWN_DIGEST,
+                f"node {self.node_id!r} does not know this version of {name!r} yet",
+                hint="Its agent will tell it; try again.",
+            )
+        if digest in self._forgotten:
+            self._forgotten.pop(digest).cancel()
+        self._check_demands(invocation, hosted)
+        return hosted
+
+    def _check_demands(self, invocation: Invocation, hosted: Hosted) -> None:
+        spec, isolation = hosted.workload.spec, hosted.vmm.isolation
+        if not isolation.satisfies(invocation.demands.isolation):
+            raise GuestUnavailable(
+                Reason.INCOMPATIBLE,
+                f"guests of {spec.name!r} on node {self.node_id!r} have isolation {isolation}, "
+                f"and {invocation.demands.isolation} was required",
+                hint="Run the workload as a microVM, or ask for less with `fc-require-isolation`.",
+            )
+        if spec.memory_mib > self._ledger.size_mib:
+            raise GuestUnavailable(
+                Reason.MEMORY,
+                f"a guest of {spec.name!r} needs {spec.memory_mib} MiB, and node {self.node_id!r} "
+                f"has {self._ledger.size_mib} MiB in all",
+                hint="Give the node more memory, or lower `memMib` of the workload.",
+            )
+
+    def _drained(self) -> GuestUnavailable:
+        return GuestUnavailable(
+            Reason.DRAINING,
+            f"node {self.node_id!r} is draining and takes no new calls",
+            hint="Retry; another node, or this one after its restart, will take it.",
+            retry_after_s=1.0,
+        )
+
+    # Workloads.
+
+    async def ensure(self, workload: Workload) -> None:
+        """Make a workload known and warm it in the background. Raises `GuestUnavailable` if this node can't run it."""
+        if workload.digest in self._forgotten:
+            self._forgotten.pop(workload.digest).cancel()
+        spec = workload.spec
+        self._slots.configure(spec.name, concurrency=spec.concurrency, queue=spec.queue, sessioned=spec.sessioned)
+        if workload.digest in self._hosted:
+            return
+        hosted = self._hosted[workload.digest] = Hosted(workload, self._vmm_for(workload))
+        self._digests_of.setdefault(spec.name, set()).add(workload.digest)
+        if hosted.base_key is not None:
+            self._keys_of.setdefault(hosted.base_key, set()).add(workload.digest)
+            self._bases.want(hosted.base_key, workload, hosted.vmm)
+        self._pool.keep(hosted)
+        self._emit(WorkloadEnsured(workload=spec.name, digest=workload.digest))
+        self._changed(workload.digest)
+
+    async def forget(self, digest: str) -> None:
+        """Drop a workload ten minutes from now, unless someone ensures or calls it meanwhile.
+
+        An agent that still needs it after that hears `unknown-digest` and ensures it again.
+        """
+        if digest in self._hosted and digest not in self._forgotten:
+            self._forgotten[digest] = self._loop.call_later(FORGOTTEN_KEPT_S, self._drop, digest)
+
+    def _vmm_for(self, workload: Workload) -> Vmm:
+        unknown = sorted(set(workload.spec.requires) - FEATURES)
+        if unknown:
+            raise GuestUnavailable(
+                Reason.INCOMPATIBLE,
+                f"{workload.name!r} requires {', '.join(unknown)}, which node {self.node_id!r} does not know",
+                hint="Upgrade the node.",
+            )
+        refusals = []
+        for vmm in self._vmms:
+            refusal = vmm.refusal(workload)
+            if refusal is None and vmm.isolation.satisfies(workload.spec.isolation):
+                return vmm
+            refusals.append(refusal or f"it asks for {workload.spec.isolation}, and this gives {vmm.isolation}")
+        raise GuestUnavailable(
+            Reason.INCOMPATIBLE,
+            f"node {self.node_id!r} can't run {workload.name!r}: {'; '.join(refusals)}",
+        )
+
+    def _drop(self, digest: str) -> None:
+        self._forgotten.pop(digest, None)
+        hosted = self._hosted.pop(digest)
+        name = hosted.workload.name
+        self._pool.drop(digest)
+        self._digests_of[name].discard(digest)
+        if not self._digests_of[name]:
+            del self._digests_of[name]
+            self._slots.close(name)
+        if hosted.base_key is not None:
+            self._keys_of[hosted.base_key].discard(digest)
+            if not self._keys_of[hosted.base_key]:
+                del self._keys_of[hosted.base_key]
+                self._bases.drop(hosted.base_key)
+        self._emit(WorkloadDropped(workload=name, digest=digest))
+        self._changed(digest)
+
+    def _inbound(self, _: Workload, __: str) -> Inbound:
+        """Who answers a guest that dials out."""
+        if self._record is None:
+            return {}
+        return {JOURNAL_PORT: partial(JournalLine, self._record)}
+
+    # Size and drain.
+
+    async def drain(self, *, within_s: float) -> None:
+        """Take no new invocations. Those that wait or run have `within_s` seconds, then they are ended."""
+        self._draining_until_s = self._loop.time() + within_s
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+        self._drain_timer = self._loop.call_later(within_s, self._end_calls)
+        self._emit(NodeDraining(node=self.node_id, within_s=within_s, running=self.running))
+        self._changed(None)
+
+    async def resume(self) -> None:
+        """Take invocations again."""
+        self._draining_until_s = None
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None
+        self._emit(NodeResumed(node=self.node_id))
+        self._changed(None)
+
+    async def limit(self, limits: NodeLimits) -> None:
+        """Set the node's size, unless a later generation is in force. Nothing that runs is ended for it."""
+        if limits.generation < self._limits_generation:
+            return
+        self._limits_generation = limits.generation
+        self._ledger.resize(limits.memory_mib)
+        over_mib = self._ledger.committed_mib - limits.memory_mib
+        if over_mib > 0:
+            self._pool.reclaim(over_mib)
+        self._emit(NodeLimited(node=self.node_id, generation=limits.generation, memory_mib=limits.memory_mib))
+        self._changed(None)
+
+    def _end_calls(self) -> None:
+        cut = GuestFailed(f"the guest was ended: node {self.node_id!r} had to stop before it finished")
+        for call in self._calls.live:
+            call.interrupt(self._drained(), cut)
+
+    # Reports.
+
+    async def reports(self) -> AsyncIterator[NodeReport]:
+        """A full report at once, then what changed: at most one per 50 ms, at least one per 2 s."""
+        hearer = _Hearer()
+        self._hearers.add(hearer)
+        try:
+            yield self._report({digest: self._workload_report(digest) for digest in self._hosted}, full=True)
+            while await hearer.news(self._loop):
+                dirty = hearer.take()
+                yield self._report({digest: self._workload_report(digest) for digest in dirty}, full=False)
+        finally:
+            self._hearers.discard(hearer)
+
+    def report(self) -> NodeReport:
+        """What the node says about itself now, in full."""
+        return self._report({digest: self._workload_report(digest) for digest in self._hosted}, full=True)
+
+    def _report(self, workloads: Mapping[str, WorkloadReport | None], *, full: bool) -> NodeReport:
+        draining_until_s = self._draining_until_s
+        left_s = None if draining_until_s is None else max(0.0, draining_until_s - self._loop.time())
+        return NodeReport(
+            node_id=self.node_id,
+            boot_id=self.boot_id,
+            pod_uid=self._identity.pod_uid,
+            arch=self._identity.arch,
+            size_mib=self._ledger.size_mib,
+            free_mib=self._ledger.free_mib,
+            isolation=max((vmm.isolation for vmm in self._vmms), key=lambda isolation: isolation.strength),
+            features=tuple(sorted(FEATURES)),
+            workloads=dict(workloads),
+            full=full,
+            limits_generation=self._limits_generation,
+            draining=draining_until_s is not None,
+            drain_within_s=left_s,
+        )
+
+    def _workload_report(self, digest: str) -> WorkloadReport | None:
+        hosted = self._hosted.get(digest)
+        if hosted is None:
+            return None
+        spec = hosted.workload.spec
+        busy, waiting, service_s = self._slots.load(spec.name)
+        base = self._bases.current(hosted.base_key) if hosted.base_key is not None else None
+        return WorkloadReport(
+            name=spec.name,
+            concurrency=spec.concurrency,
+            busy=busy,
+            waiting=waiting,
+            parked=self._pool.parked(digest),
+            base=base.base_id if base else None,
+            service_ms=None if service_s is None else round(service_s * 1e3, 3),
+        )
+
+    # What the parts tell.
+
+    def _changed(self, digest: str | None) -> None:
+        for hearer in self._hearers:
+            hearer.tell(digest)
+
+    def _queue_changed(self, name: str) -> None:
+        if self._hearers:
+            for digest in self._digests_of.get(name, ()):
+                self._changed(digest)
+
+    def _base_changed(self, key: str) -> None:
+        for digest in self._keys_of.get(key, ()):
+            self._pool.refill(digest)
+            self._changed(digest)
+
+    def _memory_freed(self) -> None:
+        self._slots.retry()
+        self._pool.freed()
+
+
+class _Hearer:
+    """One reader of reports: what has changed since it last heard."""
+
+    def __init__(self) -> None:
+        self._dirty: set[str] = set()
+        self._told = asyncio.Event()
+        self._closed = False
+
+    def tell(self, digest: str | None) -> None:
+        if digest is not None:
+            self._dirty.add(digest)
+        self._told.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._told.set()
+
+    async def news(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Wait until there is something to say, or it is time to say anything. False when there is no more."""
+        if not self._closed:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(loop.time() + REPORT_EVERY_S):
+                    await asyncio.sleep(REPORT_GAP_S)
+                    await self._told.wait()
+        return not self._closed
+
+    def take(self) -> set[str]:
+        self._told.clear()
+        dirty, self._dirty = self._dirty, set()
+        return dirty
+
+
+if TYPE_CHECKING:  # the type checker proves that it fits
+
+    def _fits(node: LocalNode) -> Node:
+        return node

@@ -1,0 +1,128 @@
+"""From a running guest to a ready one: reach it, tell it who it is, and take its word that it can serve."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from substrate_node.vmm import CONTROL_PORT, DATA_PORT, Guest
+from substrate_node.vsockhttp import Exchange, request_head
+from substrate_seam.errors import SubstrateError
+from substrate_seam.workload import Workload
+
+ATTEMPT_CAP_S = 0.150
+"""How long one question about readiness may hang. The first connection after a restore may hang for ever (P-01)."""
+PAUSE_S = 0.020
+CONTROL_CAP_S = 5.0
+_ANSWER_BYTES_MAX = 65_536
+
+
+class NotReady(Exception):
+    """The guest did not become ready; the message says what it said last. No request has reached it."""
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a guest itself: the body of `POST /shim/restored`."""
+
+    epoch_ns: int
+    entropy_b64: str
+    guest_id: str
+    hostname: str
+    boot_id: str
+    ca_pem: str | None = None
+    restored: bool
+
+
+class IdentityMint:
+    """Makes identities from a wall clock (nanoseconds) and a source of entropy, which tests may script."""
+
+    def __init__(self, *, wall_ns: Callable[[], int], entropy: Callable[[int], bytes]) -> None:
+        self._wall_ns = wall_ns
+        self._entropy = entropy
+
+    def guest_id(self) -> str:
+        """A name that no other guest has or had."""
+        return "inv-" + self._entropy(8).hex()
+
+    def identity(self, guest_id: str, *, restored: bool) -> Identity:
+        """A fresh identity, with the clock as it is now."""
+        dice = self._entropy(16).hex()
+        return Identity(
+            epoch_ns=self._wall_ns(),
+            entropy_b64=base64.b64encode(self._entropy(64)).decode(),
+            guest_id=guest_id,
+            hostname=guest_id,
+            boot_id=f"{dice[:8]}-{dice[8:12]}-4{dice[13:16]}-8{dice[17:20]}-{dice[20:]}",
+            restored=restored,
+        )
+
+
+async def make_ready(
+    guest: Guest, workload: Workload, mint: IdentityMint, *, contact_cap_s: float | None, restored: bool
+) -> None:
+    """Bring a guest to the point where it may get a request. Raises `NotReady`; waits as long as the caller lets it.
+
+    A guest of ours is told its identity on the control port, and answers when it is primed. A guest on the Go shim is
+    asked on its one port until it says 200, then given the clock.
+    """
+    spec = workload.spec
+    if spec.guest == "go-shim":
+        await _until_ok(guest, DATA_PORT, spec.ready_path)
+        await _set_clock(guest, mint.identity(guest.guest_id, restored=restored))
+        return
+    if contact_cap_s is not None:
+        await _until_ok(guest, CONTROL_PORT, "/shim/healthz", cap_s=contact_cap_s)
+    identity = msgspec.json.encode(mint.identity(guest.guest_id, restored=restored))
+    status, answer = await _ask(guest, CONTROL_PORT, "POST", "/shim/restored", identity)
+    if status != 200:
+        raise NotReady(f"/shim/restored answered {status}: {answer[:512].decode('utf-8', 'replace')}")
+    if spec.ready_path != "/shim/ready":
+        await _until_ok(guest, DATA_PORT, spec.ready_path)
+
+
+async def wait_primed(guest: Guest, workload: Workload) -> None:
+    """Wait until a guest that is to be captured is warm: the first 200 of its ready path (P-12). Raises `NotReady`."""
+    foreign = workload.spec.guest == "go-shim" or workload.spec.ready_path != "/shim/ready"
+    await _until_ok(guest, DATA_PORT if foreign else CONTROL_PORT, workload.spec.ready_path)
+
+
+async def _until_ok(guest: Guest, port: int, path: str, *, cap_s: float = ATTEMPT_CAP_S) -> None:
+    """Ask until the answer is 200: short attempts, short pauses, and an end as soon as the guest dies."""
+    while True:
+        if guest.exited.done():
+            raise NotReady(f"the guest ended before it was ready: {guest.exited.result().words}")
+        with suppress(TimeoutError, NotReady, OSError):
+            async with asyncio.timeout(cap_s):
+                status, _ = await _ask(guest, port, "GET", path)
+            if status == 200:
+                return
+        await asyncio.wait({guest.exited}, timeout=PAUSE_S)
+
+
+async def _set_clock(guest: Guest, identity: Identity) -> None:
+    """Give a Go-shim guest the time. One that has no such endpoint (404) is fine."""
+    body = msgspec.json.encode({"epoch_ms": identity.epoch_ns // 1_000_000})
+    with suppress(NotReady, OSError):  # best effort, as that shim's contract has it
+        await _ask(guest, DATA_PORT, "POST", "/shim/clock", body)
+
+
+async def _ask(guest: Guest, port: int, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    """One small exchange. Raises `NotReady` when it breaks, `OSError` when nobody listens."""
+    exchange = Exchange(port, request_head(method, path, ((b"host", b"vsock"),), len(body)), body)
+    try:
+        await guest.dial(lambda: exchange)
+        await exchange.head()
+        answer = b""
+        async for piece in exchange:
+            answer += piece
+            if len(answer) > _ANSWER_BYTES_MAX:
+                raise NotReady(f"{path} answered with over {_ANSWER_BYTES_MAX} bytes")
+    except SubstrateError as error:
+        raise NotReady(f"{path}: {error.message}") from error
+    finally:
+        exchange.close()
+    return exchange.status, answer

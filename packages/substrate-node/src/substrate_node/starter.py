@@ -1,0 +1,92 @@
+"""Starting a guest, warm or cold, up to the point where it may get a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from substrate_node.base import Bases
+from substrate_node.ready import IdentityMint, NotReady, make_ready
+from substrate_node.vmm import Base, Guest, Inbound, Vmm, VmmError
+from substrate_seam.workload import Workload
+
+
+class Hosted:
+    """A workload on this node, the monitor that runs it, and the key of its warm base (None: no warm start)."""
+
+    __slots__ = ("base_key", "vmm", "workload")
+
+    def __init__(self, workload: Workload, vmm: Vmm) -> None:
+        self.workload = workload
+        self.vmm = vmm
+        self.base_key = vmm.input_key(workload) if workload.spec.warm_base else None
+
+
+class StartFailure(Exception):
+    """A guest did not start. No request has reached it; the message says what happened."""
+
+
+class Starter:
+    """Starts guests and keeps count of what restores from a base come to."""
+
+    def __init__(
+        self,
+        *,
+        bases: Bases,
+        mint: IdentityMint,
+        inbound: Callable[[Workload, str], Inbound],
+        boot_within_s: float,
+        restore_within_s: float,
+    ) -> None:
+        self._bases = bases
+        self._mint = mint
+        self._inbound = inbound
+        self._boot_within_s = boot_within_s
+        self._restore_within_s = restore_within_s
+
+    async def start(self, hosted: Hosted, base: Base | None, guest_id: str) -> Guest:
+        """Start a guest from `base`, or cold without one, and make it ready. Raises `StartFailure`.
+
+        The caller discards `guest_id` whatever comes of it.
+        """
+        if base is None:
+            return await self._start(hosted, None, guest_id, self._boot_within_s)
+        self._bases.hold(base)
+        try:
+            guest = await self._start(hosted, base, guest_id, self._restore_within_s)
+        except StartFailure as failure:
+            self._bases.failed(base, str(failure))
+            raise
+        finally:
+            self._bases.release(base)
+        self._bases.succeeded(base)
+        return guest
+
+    async def _start(self, hosted: Hosted, base: Base | None, guest_id: str, within_s: float) -> Guest:
+        vmm, workload = hosted.vmm, hosted.workload
+        inbound = self._inbound(workload, guest_id)
+        guest: Guest | None = None
+        try:
+            async with asyncio.timeout(within_s):
+                if base is None:
+                    guest = await vmm.boot(workload, guest_id, inbound)
+                else:
+                    guest = await vmm.restore(workload, base, guest_id, inbound)
+                await make_ready(
+                    guest, workload, self._mint, contact_cap_s=vmm.contact_cap_s, restored=base is not None
+                )
+                return guest
+        except TimeoutError as error:
+            raise StartFailure(f"it was not ready within {within_s:.1f} s{_last_words(guest)}") from error
+        except (VmmError, NotReady, OSError) as error:
+            raise StartFailure(f"{error}{_last_words(guest)}") from error
+
+
+def _last_words(guest: Guest | None) -> str:
+    """How the guest ended, if it did, and what its console said last."""
+    if guest is None or not guest.exited.done():
+        return ""
+    ended = guest.exited.result()
+    return f"; it ended with {ended.words}" + (
+        f" after saying: {ended.console.strip()[-512:]}" if ended.console else ""
+    )
