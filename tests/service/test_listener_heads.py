@@ -28,8 +28,7 @@ SERVED = {
         b"POST /  abc",
     ),
     "trailers, which are dropped": (
-        head(b"POST / HTTP/1.1", b"Host: a", b"Transfer-Encoding: Chunked")
-        + b"1\r\na\r\n0\r\nConnection: close\r\n\r\n",
+        head(b"POST / HTTP/1.1", b"Host: a", b"Transfer-Encoding: Chunked") + b"1\r\na\r\n0\r\nConnection: no\r\n\r\n",
         b"POST /  a",
     ),
     "an upgrade nobody has to follow": (
