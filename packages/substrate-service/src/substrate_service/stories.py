@@ -1,0 +1,56 @@
+"""The whole story of recent invocations: a bounded ring of events by invocation id."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from substrate_seam.events import Event
+
+STORIES_MAX, EVENTS_MAX = 4_096, 64
+
+
+class Stories:
+    """Keeps the events of the last invocations. `clock` gives wall-clock nanoseconds.
+
+    `emit` costs the same however many are kept; the oldest story falls off, and a story keeps its first events.
+    """
+
+    def __init__(self, *, clock: Callable[[], int], stories_max: int = STORIES_MAX) -> None:
+        self._clock = clock
+        self._stories_max = stories_max
+        self._stories: OrderedDict[str, list[tuple[int, Event]]] = OrderedDict()
+
+    def emit(self, event: Event) -> None:
+        """Keep an event that belongs to an invocation."""
+        invocation_id = getattr(event, "invocation_id", None)
+        if invocation_id is None:
+            return
+        story = self._stories.get(invocation_id)
+        if story is None:
+            story = self._stories[invocation_id] = []
+            if len(self._stories) > self._stories_max:
+                self._stories.popitem(last=False)
+        if len(story) < EVENTS_MAX:
+            story.append((self._clock(), event))
+
+    def story(self, invocation_id: str) -> dict[str, Any] | None:
+        """What happened, in order, ready for JSON: each event with `at_ms` since the first. None if none is kept."""
+        story = self._stories.get(invocation_id)
+        if not story:
+            return None
+        began_ns = story[0][0]
+        return {
+            "invocation_id": invocation_id,
+            "began_ns": began_ns,
+            "events": [{"at_ms": round((at_ns - began_ns) / 1e6, 3), **_plain(event)} for at_ns, event in story],
+        }
+
+
+def _plain(event: Event) -> dict[str, Any]:
+    plain = dict(msgspec.to_builtins(event))
+    plain.pop("invocation_id", None)
+    return plain
