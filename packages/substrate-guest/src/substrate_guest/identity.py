@@ -6,13 +6,13 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from substrate_guest.problems import BadInput, Problem, parsed_object, shown
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
+    from pathlib import Path
 
 ENTROPY_BYTES_MIN = 32
 CA_VARIABLES = ("SSL_CERT_FILE", "GIT_SSL_CAINFO", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -114,7 +114,7 @@ class OwnKernel:
         import struct
 
         add_entropy, reseed = 0x40085203, 0x5207  # RNDADDENTROPY and RNDRESEEDCRNG of linux/random.h
-        with Path("/dev/urandom").open("wb", buffering=0) as pool:
+        with open("/dev/urandom", "wb", buffering=0) as pool:  # noqa: PTH123  # see `_trust`
             fcntl.ioctl(pool, add_entropy, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
             fcntl.ioctl(pool, reseed)
 
@@ -152,7 +152,8 @@ class Identities:
 
     def _trust(self, ca_pem: str) -> str:
         if self._ca_bundle is None:
-            import tempfile
+            import tempfile  # with pathlib, most of what this module would add to a cold start
+            from pathlib import Path
 
             self._ca_bundle = Path(tempfile.mkdtemp(prefix="substrate-ca-")) / "bundle.pem"
         # These variables replace the system's certificates for most of their readers, so the file holds both.
@@ -174,5 +175,7 @@ def reseed(entropy: bytes) -> None:
 
 
 def _system_certificates() -> str:
+    from pathlib import Path
+
     found = next((Path(name) for name in SYSTEM_BUNDLES if os.access(name, os.R_OK)), None)
     return found.read_text(errors="replace") + "\n" if found else ""

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from substrate_guest.control import Control, Readiness
@@ -116,11 +115,11 @@ def main(target: str, *, directory: str | None = None) -> NoReturn:
         audit = os.environ.pop(AUDIT_VARIABLE, "") == "1"
         if directory is not None:
             os.chdir(directory)
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109  # pathlib would be half a dozen modules more to wait for
         workload = load(target)
     except (ValueError, OSError, NotAWorkload) as error:
-        if error.__cause__ is not None:
-            log(error.__cause__)
+        if isinstance(error, NotAWorkload) and error.__cause__ is not None:
+            log(error.__cause__)  # the author's own failure, with its line
         print(f"substrate-guest: {error}", file=sys.stderr)  # noqa: T201  # the console is the guest's log
         sys.exit(EXIT_USAGE)
     asyncio.run(serve(workload, vsock, audit=audit))
