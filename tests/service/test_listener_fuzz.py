@@ -1,6 +1,7 @@
 """Whatever bytes arrive, and however they are cut: one answer to each request, no traceback, no hang."""
 
 import asyncio
+import itertools
 import re
 
 import httptools
@@ -69,7 +70,7 @@ def spoken_to(data: bytes, cuts: list[int]) -> tuple[int, bytes]:
         listener = network.listen(("node", 80), protocol_factory(config, state))
         _, caller = await network.connect(("node", 80), Caller)
         edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             caller.transport.write(data[start:end])
             await asyncio.sleep(0.01)
         await asyncio.wait_for(caller.ends(), PATIENCE_S)

@@ -15,7 +15,7 @@ from typing import Final
 
 from msgspec import Struct
 
-_TCP = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]/\s]*)):(?P<port>\d{1,5})")
+_TCP = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]/\s]*)):(?P<port>[0-9]{1,5})")
 _UNIX_PATH_BYTES_MAX: Final = 107
 ACCEPTED: Final = "host:port, [::1]:port, :port for every interface, or unix:/path"
 
