@@ -10,17 +10,16 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 from substrate_cluster.auth import Authenticator
-from substrate_cluster.ingress.app import TEXT, healthz, probe, routed
+from substrate_cluster.ingress.app import TEXT, ReadyReasons, healthz, probe, routed
 from substrate_cluster.ingress.errors import refused
 from substrate_cluster.ingress.exchange import Endpoint, Exchange, Handler
 from substrate_cluster.ingress.headers import sort_fields, wants_json
 from substrate_cluster.ingress.hosts import HostRule, is_loopback
-from substrate_cluster.ingress.invocations import ReadyReasons
 from substrate_seam.errors import Reason
 from substrate_seam.events import Emit
 
-_JSON: Final = b"application/json"
-_METRICS: Final = b"text/plain; version=0.0.4; charset=utf-8"
+_JSON: Final = ((b"content-type", b"application/json"),)
+_METRICS: Final = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
 _STORIES: Final = "/v1/invocations/"
 _ROUTES: Final = "GET /healthz, /readyz, /metrics and /v1/invocations/{id}"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
 
-from starlette.routing import Mount, Route, Router
+from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from substrate_cluster.admission import Admission
@@ -12,12 +13,15 @@ from substrate_cluster.auth import Authenticator
 from substrate_cluster.ingress.errors import refused
 from substrate_cluster.ingress.exchange import Endpoint, Exchange, Handler
 from substrate_cluster.ingress.hosts import HostRule
-from substrate_cluster.ingress.invocations import Catalog, Front, Limits, ReadyReasons
+from substrate_cluster.ingress.invocations import Catalog, Front, Limits
 from substrate_seam.errors import Reason
 from substrate_seam.events import Emit
 from substrate_seam.executor import NodeExecutor
 
-TEXT = b"text/plain; charset=utf-8"
+TEXT: Final = ((b"content-type", b"text/plain; charset=utf-8"),)
+
+ReadyReasons = Callable[[], list[str]]
+"""Why the daemon is not ready; empty when it is."""
 
 
 def public_app(
@@ -78,7 +82,7 @@ def probe(handler: Handler, *, otherwise: Handler) -> Handler:
     return probed
 
 
-def routed(routes: list[Mount | Route], *, otherwise: Endpoint) -> ASGIApp:
+def routed(routes: Sequence[BaseRoute], *, otherwise: Endpoint) -> ASGIApp:
     """An application that routes by the path as it came, byte for byte, and knows nothing but HTTP."""
     router = Router(routes, redirect_slashes=False, default=otherwise)
 

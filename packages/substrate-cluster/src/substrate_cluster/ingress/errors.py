@@ -50,12 +50,6 @@ _PREFIX: Final[Mapping[Reason, str]] = {
     **dict.fromkeys((Reason.GUEST_FAILED, Reason.GUEST_TIMEOUT, Reason.CANCELLED, Reason.INTERNAL), "invoke failed: "),
 }
 _MAY_HAVE_RUN: Final = frozenset({Reason.GUEST_FAILED, Reason.GUEST_TIMEOUT, Reason.INTERNAL})
-_EXTRA_FIELDS: Final[Mapping[Reason, tuple[tuple[bytes, bytes], ...]]] = {
-    Reason.UNAUTHENTICATED: ((b"www-authenticate", b"Bearer"),),
-    # The rest of the body is still on its way, and nobody is going to read it.
-    Reason.BODY_TIMEOUT: ((b"connection", b"close"),),
-    Reason.BODY_TOO_LARGE: ((b"connection", b"close"),),
-}
 
 
 class _Problem(Struct, frozen=True, omit_defaults=True):
@@ -83,7 +77,7 @@ def told_reason(reason: Reason) -> Reason:
 
 
 def answer_to(error: SubstrateError, invocation_id: str, *, as_json: bool) -> tuple[int, Fields, bytes]:
-    """Status, fields and body that tell a caller of an error."""
+    """Status, fields (but for Content-Length) and body that tell a caller of an error."""
     reason = told_reason(error.reason)
     problem = _Problem(
         reason=reason,
@@ -95,13 +89,13 @@ def answer_to(error: SubstrateError, invocation_id: str, *, as_json: bool) -> tu
         retry_after_s=error.retry_after_s,
     )
     body = msgspec.json.encode(_Body(problem)) if as_json else _text(problem)
-    return STATUS[reason], _fields(problem, len(body), as_json=as_json), body
+    return STATUS[reason], _fields(problem, as_json=as_json), body
 
 
 def head_refusals(*, mint_id: Callable[[], str], emit: Emit) -> Refusal:
     """What a listener answers, in our words, to heads that it refuses before the application hears of them.
 
-    `reason` should be one of `Reason`; any other word is told as `bad-request`.
+    `reason` should be one of `Reason`; any other word is told as `bad-request`. The listener adds Content-Length.
     """
 
     def refusal(status: int, reason: str, message: str) -> tuple[Fields, bytes]:
@@ -120,15 +114,15 @@ def _text(problem: _Problem) -> bytes:
     return f"{problem.message}\n{hint}explain: {problem.explain}\n".encode()
 
 
-def _fields(problem: _Problem, body_bytes: int, *, as_json: bool) -> Fields:
+def _fields(problem: _Problem, *, as_json: bool) -> Fields:
     fields = [
         (b"content-type", b"application/json" if as_json else b"text/plain; charset=utf-8"),
-        (b"content-length", b"%d" % body_bytes),
         (b"x-content-type-options", b"nosniff"),  # a message may quote what a stranger sent
         (b"fc-error", problem.reason.encode()),
         (b"fc-ran", problem.ran.encode()),
-        *_EXTRA_FIELDS.get(problem.reason, ()),
     ]
+    if problem.reason is Reason.UNAUTHENTICATED:
+        fields.append((b"www-authenticate", b"Bearer"))
     if problem.retry_after_s is not None:
         fields.append((b"retry-after", b"%d" % max(1, math.ceil(problem.retry_after_s))))
     return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Final, Self
 
@@ -47,23 +47,23 @@ class Exchange:
     async def head(self, status: int, fields: Fields) -> None:
         """Send a head; the exchange's id joins its fields."""
         fields.append(self._id_field)
-        self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": fields})
+        self.status = status
 
     async def piece(self, body: bytes) -> None:
         """Send a piece of the body, at once."""
-        self.body_bytes += len(body)
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self.body_bytes += len(body)
 
     async def end(self, body: bytes = b"") -> None:
         """Send the last piece."""
-        self.complete = True
-        self.body_bytes += len(body)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        self.body_bytes += len(body)
+        self.complete = True
 
-    async def answer(self, status: int, content_type: bytes, body: bytes) -> None:
-        """Send a whole answer of our own."""
-        await self.head(status, [(b"content-type", content_type), (b"content-length", b"%d" % len(body))])
+    async def answer(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send a whole answer of our own; Content-Length joins its fields."""
+        await self.head(status, [*fields, (b"content-length", b"%d" % len(body))])
         await self.end(body)
 
     async def fail(self, error: SubstrateError) -> None:
@@ -74,9 +74,7 @@ class Exchange:
         if self.complete:
             return
         if not self.status:
-            status, fields, body = answer_to(error, self.id, as_json=wants_json(self.scope["headers"]))
-            await self.head(status, fields)
-            await self.end(body)
+            await self.answer(*answer_to(error, self.id, as_json=wants_json(self.scope["headers"])))
         elif ABORT in self.scope.get("extensions", {}):
             self.complete = True
             await self._send({"type": ABORT})

@@ -27,18 +27,18 @@ def host_of(address: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches `address`; a name other than `localhost` may be anywhere."""
+    """Whether only this machine reaches `address` (`unix:/path` too); a name other than `localhost` may be anywhere."""
     host = host_of(address)
-    return host == "localhost" or (_is_literal(host) and ip_address(host).is_loopback)
+    return address.startswith("unix:") or host == "localhost" or (_is_literal(host) and ip_address(host).is_loopback)
 
 
 def default_hosts(address: str) -> frozenset[str]:
     """The names that a listener bound to `address` answers to when nobody says otherwise."""
-    return _LOOPBACK | {host_of(address)}
+    return _LOOPBACK if address.startswith("unix:") else _LOOPBACK | {host_of(address)}
 
 
 def refuse_open(public_address: str, *, has_auth: bool, has_process_workloads: bool) -> str | None:
-    """Why a daemon must not start on this address, or None: strangers may not run code in guests that share a kernel."""
+    """Why a daemon must not start on this address, or None: strangers get no guests that share the host's kernel."""
     if has_auth or not has_process_workloads or is_loopback(public_address):
         return None
     return (

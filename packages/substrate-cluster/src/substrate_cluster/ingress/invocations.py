@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, Protocol
 
 from msgspec import Struct
@@ -250,7 +249,3 @@ class _Ending:
 def _no_such_thing(exchange: Exchange) -> SubstrateError:
     method, path = exchange.scope["method"], exchange.scope["raw_path"][:100].decode("latin-1")
     return refused(Reason.NOT_FOUND, f"there is no {method} {path!r} here", hint=f"There is {ROUTES}.")
-
-
-ReadyReasons = Callable[[], list[str]]
-"""Why the daemon is not ready; empty when it is."""

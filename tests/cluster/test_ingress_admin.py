@@ -1,0 +1,103 @@
+"""The admin listener: reasons, metrics and stories, for operators only."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.asgi import call
+from substrate_cluster.auth import bearer_token, rejected
+from substrate_cluster.ingress import admin_app
+from substrate_seam.events import InvocationFenced
+
+ELSEWHERE = ("10.0.0.9", 50000)
+OPERATORS_ONLY = ["/metrics", "/v1/invocations/" + "a" * 32, "/nothing"]
+
+
+class OneToken:
+    uses_authorization = True
+
+    async def authenticate(self, authorization):
+        if bearer_token(authorization) != b"good":
+            raise rejected()
+        return "operator"
+
+
+def admin(*, reasons=(), authenticator=None):
+    stories = {"a" * 32: {"events": [InvocationFenced(invocation_id="a" * 32, ran="no")]}}
+    return admin_app(
+        ready=lambda: list(reasons),
+        metrics=lambda: b"substrate_calls_total 1\n",
+        story=stories.get,
+        authenticator=authenticator,
+        allowed_hosts={"localhost"},
+        mint_id=lambda: "e" * 32,
+        emit=lambda event: None,
+    )
+
+
+async def get(app, target, **how):
+    return await call(app, target, method="GET", **how)
+
+
+async def test_a_daemon_that_is_not_ready_says_every_reason():
+    answer = await get(admin(reasons=["no node", "draining"]), "/readyz")
+    assert (answer.status, answer.text) == (503, "no node\ndraining\n")
+    answer = await get(admin(reasons=["no node"]), "/readyz", fields=[("accept", "application/json")])
+    assert (answer.status, answer.json) == (503, {"ready": False, "reasons": ["no node"]})
+
+
+async def test_a_ready_daemon_says_so():
+    answer = await get(admin(), "/readyz")
+    assert (answer.status, answer.text) == (200, "ok\n")
+    answer = await get(admin(), "/readyz", fields=[("accept", "application/json")])
+    assert (answer.status, answer.json) == (200, {"ready": True, "reasons": []})
+
+
+async def test_metrics_are_in_the_form_that_prometheus_reads():
+    answer = await get(admin(), "/metrics")
+    assert (answer.status, answer.text) == (200, "substrate_calls_total 1\n")
+    assert answer["content-type"].startswith("text/plain; version=0.0.4")
+
+
+async def test_an_invocation_has_its_story():
+    answer = await get(admin(), "/v1/invocations/" + "a" * 32)
+    assert answer.json == {"events": [{"event": "invocation.fenced", "invocation_id": "a" * 32, "ran": "no"}]}
+
+
+@pytest.mark.parametrize("target", ["/v1/invocations/" + "b" * 32, "/v1/invocations/", "/v1/invocations", "/nothing"])
+async def test_what_is_not_known_is_not_found(target):
+    answer = await get(admin(), target)
+    assert (answer.status, answer["fc-error"], answer["fc-invocation-id"]) == (404, "not-found", "e" * 32)
+
+
+@pytest.mark.parametrize("target", ["/healthz", "/readyz", *OPERATORS_ONLY])
+async def test_nothing_here_is_for_posting_to(target):
+    assert (await call(admin(), target)).status == 404
+
+
+@pytest.mark.parametrize("target", OPERATORS_ONLY)
+async def test_without_a_token_an_operator_is_whoever_calls_from_this_machine(target):
+    assert (await get(admin(), target, client=ELSEWHERE)).status == 403
+    assert (await get(admin(), target, client=None)).status != 403
+    assert (await get(admin(), target, client=("::1", 1))).status != 403
+
+
+@pytest.mark.parametrize("target", OPERATORS_ONLY)
+async def test_with_a_token_an_operator_is_whoever_has_it(target):
+    app = admin(authenticator=OneToken())
+    assert (await get(app, target)).status == 401
+    assert (await get(app, target, fields=[("authorization", "Bearer bad")])).status == 401
+    good = [("authorization", "Bearer good")]
+    assert (await get(app, target, fields=good, client=ELSEWHERE)).status in {200, 404}
+
+
+@pytest.mark.parametrize("target", OPERATORS_ONLY)
+async def test_a_web_page_reaches_no_operators_page(target):
+    assert (await get(admin(), target, host="evil.example")).status == 403
+    assert (await get(admin(), target, fields=[("origin", "http://evil.example")])).status == 403
+
+
+@pytest.mark.parametrize("target", ["/healthz", "/readyz"])
+async def test_probes_are_open_to_a_kubelet(target):
+    answer = await get(admin(authenticator=OneToken()), target, host="10.1.1.1:8081", client=ELSEWHERE)
+    assert answer.status == 200
