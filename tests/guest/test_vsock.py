@@ -212,3 +212,35 @@ async def test_a_peer_that_says_nothing_holds_nobody_up(served):
     _, silent = await served()
     assert await exchanged(served, b"CONNECT 1027\n") == b"OK 1027\ngot "
     silent.close()
+
+
+@pytest.fixture
+def vsock_by_tcp(monkeypatch):
+    """`KernelVsock` on the loopback interface, because not every machine that tests has AF_VSOCK; and a free port."""
+    monkeypatch.setattr(socket, "AF_VSOCK", socket.AF_INET, raising=False)
+    monkeypatch.setattr(socket, "VMADDR_CID_ANY", "127.0.0.1", raising=False)
+    monkeypatch.setattr("substrate_guest.vsock.HOST_CID", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return KernelVsock(), free.getsockname()[1]
+
+
+async def test_a_vm_serves_its_ports_without_a_handshake_and_dials_the_hosts(vsock_by_tcp):
+    vsock, port = vsock_by_tcp
+
+    async def echo(sock, received):
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(sock, received + await loop.sock_recv(sock, 64))
+
+    def asked():
+        with vsock.dial(port, timeout_s=5) as sock:
+            sock.sendall(b"hello")
+            return sock.recv(64)
+
+    async with asyncio.TaskGroup() as duties:
+        serving = duties.create_task(vsock.serve({port: echo}))
+        for _ in range(3):  # passes of the loop: one starts the service, one its port
+            await asyncio.sleep(0)
+        assert await asyncio.to_thread(asked) == b"hello"
+        serving.cancel()
+    with pytest.raises(ConnectionRefusedError):
+        vsock.dial(port, timeout_s=5)

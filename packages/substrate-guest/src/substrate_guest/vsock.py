@@ -57,10 +57,13 @@ class KernelVsock:
         """See `Vsock.serve`; raises `OSError` when a port cannot be bound."""
         async with asyncio.TaskGroup() as ports:
             for port, answer in answers.items():
-                listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-                listener.bind((socket.VMADDR_CID_ANY, port))
-                listener.listen(BACKLOG)
-                ports.create_task(_serve_listener(listener, _without_handshake(answer)), name=f"port-{port}")
+                ports.create_task(self._serve_port(port, answer), name=f"port-{port}")
+
+    async def _serve_port(self, port: int, answer: Answer) -> None:
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
+            listener.bind((socket.VMADDR_CID_ANY, port))
+            listener.listen(BACKLOG)
+            await _serve_listener(listener, _without_handshake(answer))
 
     def dial(self, port: int, *, timeout_s: float) -> socket.socket:
         """See `Vsock.dial`."""

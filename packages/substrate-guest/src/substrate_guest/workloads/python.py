@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from binascii import b2a_base64
 from collections.abc import Iterator, Mapping
@@ -21,6 +19,7 @@ from substrate_guest.app import App, Request, Response
 from substrate_guest.identity import CA_VARIABLES
 from substrate_guest.problems import BadInput
 from substrate_guest.workloads.results import Results
+from substrate_guest.workloads.scratch import scratch_directory
 from substrate_guest.workloads.snippet import Snippet, parse_snippet
 
 STDOUT_BYTES_MAX = 512 * 1024
@@ -103,18 +102,6 @@ class Layout:
     work: Path
     home: Path
     temporary: Path
-
-
-@contextmanager
-def scratch_directory() -> Iterator[Path]:
-    """A new directory for the length of the block."""
-    scratch = tempfile.mkdtemp(prefix="snippet-")
-    try:
-        yield Path(scratch)
-    finally:
-        # What a snippet nested too deep to be removed goes with the guest.
-        with suppress(RecursionError):
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def laid_out(scratch: Path, snippet: Snippet) -> Layout:
