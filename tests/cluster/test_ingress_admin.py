@@ -10,7 +10,7 @@ from substrate_cluster.ingress import admin_app
 from substrate_seam.events import InvocationFenced
 
 ELSEWHERE = ("10.0.0.9", 50000)
-OPERATORS_ONLY = ["/metrics", "/v1/invocations/" + "a" * 32, "/nothing"]
+OPERATORS_ONLY = ["/metrics", "/v1/audit", "/v1/invocations/" + "a" * 32, "/nothing"]
 
 
 class OneToken:
@@ -22,12 +22,13 @@ class OneToken:
         return "operator"
 
 
-def admin(*, reasons=(), authenticator=None):
+def admin(*, reasons=(), authenticator=None, journal=None):
     stories = {"a" * 32: {"events": [InvocationFenced(invocation_id="a" * 32, ran="no")]}}
     return admin_app(
         ready=lambda: list(reasons),
         metrics=lambda: b"substrate_calls_total 1\n",
         story=stories.get,
+        journal=journal,
         authenticator=authenticator,
         allowed_hosts={"localhost"},
         mint_id=lambda: "e" * 32,
@@ -62,6 +63,13 @@ async def test_metrics_are_in_the_form_that_prometheus_reads():
 async def test_an_invocation_has_its_story():
     answer = await get(admin(), "/v1/invocations/" + "a" * 32)
     assert answer.json == {"events": [{"event": "invocation.fenced", "invocation_id": "a" * 32, "ran": "no"}]}
+
+
+async def test_the_journal_of_the_guests_is_there_where_one_is_kept():
+    answer = await get(admin(journal=lambda: ["a 1", "b 2"]), "/v1/audit")
+    assert answer.json == {"entries": ["a 1", "b 2"]}
+    answer = await get(admin(), "/v1/audit")
+    assert (answer.status, answer.text.splitlines()[0]) == (404, "no journal is kept")
 
 
 @pytest.mark.parametrize("target", ["/v1/invocations/" + "b" * 32, "/v1/invocations/", "/v1/invocations", "/nothing"])

@@ -21,7 +21,7 @@ from substrate_seam.events import Emit
 _JSON: Final = ((b"content-type", b"application/json"),)
 _METRICS: Final = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
 _STORIES: Final = "/v1/invocations/"
-_ROUTES: Final = "GET /healthz, /readyz, /metrics and /v1/invocations/{id}"
+_ROUTES: Final = "GET /healthz, /readyz, /metrics, /v1/invocations/{id} and /v1/audit"
 
 
 def admin_app(
@@ -29,6 +29,7 @@ def admin_app(
     ready: ReadyReasons,
     metrics: Callable[[], bytes],
     story: Callable[[str], object | None],
+    journal: Callable[[], list[str]] | None = None,
     authenticator: Authenticator | None,
     allowed_hosts: Collection[str],
     mint_id: Callable[[], str],
@@ -37,7 +38,8 @@ def admin_app(
     """Probes for whoever reaches the listener; the rest for operators.
 
     Without an `authenticator` an operator is whoever calls from this machine. `metrics` gives the Prometheus text,
-    `story` what is known of an invocation as something that can be JSON, or None.
+    `story` what is known of an invocation as something that can be JSON, or None; `journal` the lines `id attempt` that
+    guests wrote before they acted, where a journal is kept.
     """
     hosts = HostRule(allowed_hosts)
 
@@ -79,6 +81,11 @@ def admin_app(
             )
         await exchange.answer(200, _JSON, msgspec.json.encode(found))
 
+    async def audited(exchange: Exchange) -> None:
+        if journal is None:
+            raise refused(Reason.NOT_FOUND, "no journal is kept", hint="See the setting AUDIT_JOURNAL.")
+        await exchange.answer(200, _JSON, msgspec.json.encode({"entries": journal()}))
+
     async def exposed(exchange: Exchange) -> None:
         await exchange.answer(200, _METRICS, metrics())
 
@@ -94,6 +101,7 @@ def admin_app(
         Route("/healthz", endpoint(probe(healthz, otherwise=not_found))),
         Route("/readyz", endpoint(probe(readyz, otherwise=not_found))),
         Route("/metrics", endpoint(probe(for_operators(exposed), otherwise=not_found))),
+        Route("/v1/audit", endpoint(probe(for_operators(audited), otherwise=not_found))),
         Mount(_STORIES, endpoint(probe(for_operators(told_story), otherwise=not_found))),
     ]
     return routed(routes, otherwise=endpoint(not_found))
