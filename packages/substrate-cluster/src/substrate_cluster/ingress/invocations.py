@@ -37,22 +37,35 @@ _CLIENT_LEFT: Final = 499
 
 
 class Entry(Protocol):
-    """What the front needs to know of a workload; `callers` None admits whoever is authenticated."""
+    """What the front needs to know of a workload."""
 
     @property
-    def workload(self) -> Workload: ...  # noqa: D102
+    def workload(self) -> Workload:
+        """What nodes run."""
+        ...
+
     @property
-    def request_timeout_s(self) -> float: ...  # noqa: D102
+    def request_timeout_s(self) -> float:
+        """How long the exchange with the guest may take."""
+        ...
+
     @property
-    def start_timeout_s(self) -> float: ...  # noqa: D102
+    def start_timeout_s(self) -> float:
+        """How long everything before it may take."""
+        ...
+
     @property
-    def callers(self) -> frozenset[str] | None: ...  # noqa: D102
+    def callers(self) -> frozenset[str] | None:
+        """Who may call it; None admits whoever is authenticated."""
+        ...
 
 
 class Catalog(Protocol):
-    """The workloads by name, as they are now."""
+    """The workloads as they are now."""
 
-    def get(self, name: str, /) -> Entry | None: ...  # noqa: D102
+    def get(self, name: str, /) -> Entry | None:
+        """The workload of this name, None when there is none."""
+        ...
 
 
 class Limits(Struct, frozen=True, kw_only=True):
