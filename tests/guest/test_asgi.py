@@ -184,3 +184,18 @@ async def test_an_application_waiting_for_its_caller_hears_that_it_left(exchange
     with pytest.raises(LookupError, match="seen"):
         await AsgiWorkload(app).respond(Whole("GET", "/"), exchange)
     exchange.close()
+
+
+async def test_a_lifespan_that_breaks_after_startup_shows_its_traceback_and_is_served_on(ask_of, capsys):
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await send({"type": "lifespan.startup.complete"})
+            raise ValueError("a background duty died")
+        await send(START)
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async with ask_of(app) as ask:
+        assert (await ask("GET", "/")).text == "ok"
+    console = capsys.readouterr().err
+    assert "Traceback" in console
+    assert "a background duty died" in console

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+from substrate_guest.failure import describe, log
+
 if TYPE_CHECKING:
     from substrate_guest.app import Request
     from substrate_guest.exchange import Exchange
@@ -58,8 +60,10 @@ class AsgiWorkload:
         try:
             await self._app({"type": "lifespan", "asgi": VERSIONS, "state": self._state}, receive, send)
         except Exception as error:  # noqa: BLE001  # the specification: an application may refuse this scope
-            if not started.done():
-                print(f"substrate-guest: no lifespan ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201  # the console is the guest's log
+            if started.done():
+                log(error)
+            else:
+                print(f"substrate-guest: no lifespan: {describe(error)}", file=sys.stderr)  # noqa: T201  # the guest's console
         if not started.done():
             started.set_result(None)
 
