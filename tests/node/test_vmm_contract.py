@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from fakes.vmm import FakeGuest, FakeVmm, GuestAnswer, GuestCall
+from node.procvm_rig import ProcessRig, process_rig
 from node.vmm_contract import PROMISES, Promise
 from simulation import virtual_time
 from simulation.network import Network
@@ -66,3 +68,17 @@ def test_the_fake_keeps_the_contract(promise: Promise):
         return rig.left()
 
     assert not virtual_time.run(main, seed=1).value
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[ProcessRig]:
+    """The monitor of process guests."""
+    async with process_rig(tmp_path / "run") as rig:
+        yield rig
+
+
+@each_promise
+async def test_process_guests_keep_the_contract(promise: Promise, rig: ProcessRig):
+    """On this host, with real processes; the rig asserts that nothing is left."""
+    async with asyncio.timeout(60):
+        await promise(rig)

@@ -1,0 +1,43 @@
+"""What the processes of a guest have used, read from `/proc`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from substrate_node.vmm import Sample
+
+_MS_PER_TICK = 1000 / os.sysconf("SC_CLK_TCK")
+
+
+def sampled(first: int) -> Sample:
+    """CPU time of the guest whose first process is `first`, and its peak memory.
+
+    Counts user and system time of each living process and of the children that each has reaped; orphans are reaped by
+    `first`. Memory is the sum of the resident peaks of the living processes but the first, which is ours: pages that
+    they share count more than once, and what has ended does not count.
+    """
+    try:
+        descendants = _descendants(first)
+        cpu_ticks = sum(map(_cpu_ticks, [first, *descendants]))
+        peak_kib = sum(map(_peak_kib, descendants))
+    except (OSError, ValueError, IndexError):  # it ended while we looked
+        return Sample(cpu_ms=None, peak_mib=None)
+    return Sample(cpu_ms=cpu_ticks * _MS_PER_TICK, peak_mib=peak_kib / 1024 if peak_kib else None)
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_bytes().split()):
+        found += [child, *_descendants(child)]
+    return found
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return sum(map(int, fields[11:15]))
+
+
+def _peak_kib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_bytes()
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith(b"VmHWM:")), 0)
