@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable
 from enum import IntEnum
 from struct import Struct as Packing
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from substrate_seam.errors import (
     UNAVAILABLE,
@@ -50,18 +51,39 @@ BOOT_ID_HEADER: Final = "substrate-boot-id"
 BODY_WITHIN_S: Final = 10.0
 """After `100 Continue`, how long the whole body may take before the node calls it off; nothing ran then."""
 
+HEAD_BYTES_MAX: Final = 262_144
+"""What a node must take as the head of a request: the 64 KiB that a caller may send, in JSON, in base64."""
+
 DATA_BYTES_MAX: Final = 65_536
 _PAYLOAD_BYTES_MAX: Final = 1_048_576
 _PREFIX: Final = Packing(">BI")
 
+MISDIRECTED: Final = 421
+"""The status for whoever expects another boot id: nothing ran."""
+
 _STATUS: Final = {
+    Reason.BAD_REQUEST: 400,
+    Reason.UNAUTHENTICATED: 401,
+    Reason.FORBIDDEN: 403,
+    Reason.NOT_FOUND: 404,
+    Reason.BODY_TIMEOUT: 408,
     Reason.DUPLICATE: 409,
     Reason.CANCELLED: 409,
+    Reason.BODY_TOO_LARGE: 413,
+    Reason.INTERNAL: 500,
     Reason.GUEST_FAILED: 502,
     Reason.GUEST_TIMEOUT: 504,
-    Reason.INTERNAL: 500,
-    Reason.BAD_REQUEST: 400,
 }
+
+_METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_TARGET: Final = re.compile(r"/[!-~]*")
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+_VALUE: Final = re.compile(r"[\t -~\x80-\xff]*")
+_TRACE: Final = re.compile(r"[ -~]*")
+
+_Id = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+_Attempt = Annotated[int, Meta(ge=1, le=60)]
+_Seconds = Annotated[float, Meta(ge=0.0, le=1e7)]
 
 
 class WireError(ValueError):
@@ -78,12 +100,12 @@ class _Request(Struct, frozen=True):
 
 
 class _Invocation(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    id: str
-    attempt: int
+    id: _Id
+    attempt: _Attempt
     workload: WorkloadRef
     request: _Request
-    start_within_s: float
-    run_within_s: float
+    start_within_s: _Seconds
+    run_within_s: _Seconds
     caller: str
     session: str | None = None
     demands: Demands = Demands()
@@ -143,17 +165,21 @@ def encode_invocation(invocation: Invocation) -> bytes:
         caller=invocation.caller,
         demands=invocation.demands,
         request=_Request(request.method, request.target, _to_text(request.headers)),
-        start_within_s=invocation.start_within_s,
-        run_within_s=invocation.run_within_s,
+        start_within_s=max(0.0, invocation.start_within_s),
+        run_within_s=max(0.0, invocation.run_within_s),
         trace=invocation.trace,
     )
     return base64.urlsafe_b64encode(_encode(plain))
 
 
 def decode_invocation(value: bytes) -> Invocation:
-    """Read an invocation whose body is still to come (it is empty here). Raises `WireError`."""
+    """Read an invocation whose body is still to come (it is empty here).
+
+    Raises `WireError`, also for what would break out of its line in the guest's request.
+    """
     try:
         plain = _invocation.decode(base64.b64decode(value, altchars=b"-_", validate=True))
+        _check_lines(plain)
         headers = _to_bytes(plain.request.headers)
     except (binascii.Error, msgspec.DecodeError, UnicodeError) as error:
         raise WireError(f"{INVOCATION_HEADER}: {error}") from error
@@ -171,6 +197,17 @@ def decode_invocation(value: bytes) -> Invocation:
     )
 
 
+def _check_lines(plain: _Invocation) -> None:
+    request, trace = plain.request, plain.trace
+    if not _METHOD.fullmatch(request.method) or not _TARGET.fullmatch(request.target):
+        raise WireError(f"{INVOCATION_HEADER}: its method or target is not one of HTTP")
+    for name, value in request.headers:
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise WireError(f"{INVOCATION_HEADER}: the field {name[:64]!r} is not one of HTTP")
+    if trace is not None and not (_TRACE.fullmatch(trace.parent) and _TRACE.fullmatch(trace.state)):
+        raise WireError(f"{INVOCATION_HEADER}: its trace context is not one line of ASCII")
+
+
 def encode_error(error: SubstrateError) -> tuple[int, bytes]:
     """Status and JSON body of an error told before the commit."""
     return _STATUS.get(error.reason, 503), _encode(_Faulty(_fault(error)))
@@ -185,26 +222,30 @@ def decode_error(body: bytes) -> SubstrateError:
 
 
 def _fault(error: SubstrateError) -> _Fault:
+    message = error.message.encode("utf-8", "replace").decode()  # it may quote what a guest said
     return _Fault(
-        reason=error.reason, ran=error.ran, message=error.message, hint=error.hint, retry_after_s=error.retry_after_s
+        reason=error.reason, ran=error.ran, message=message, hint=error.hint, retry_after_s=error.retry_after_s
     )
 
 
-_CLASSES: Final[dict[str, Callable[..., SubstrateError]]] = {
-    Reason.CANCELLED: InvocationCancelled,
+_MAY_HAVE_RUN: Final[dict[str, Callable[..., SubstrateError]]] = {
     Reason.DUPLICATE: DuplicateInvocation,
     Reason.GUEST_TIMEOUT: GuestTimeout,
     Reason.INTERNAL: InternalError,
 }
+_NO_NODE_WOULD_TAKE_IT: Final = frozenset({Reason.BAD_REQUEST, Reason.BODY_TOO_LARGE})
 
 
 def _raised(fault: _Fault) -> SubstrateError:
     """The exception of a fault. What a newer peer calls by a name we don't know keeps its `ran`."""
-    if fault.ran is Ran.NO and fault.reason != Reason.CANCELLED:
-        known = fault.reason in UNAVAILABLE
-        reason = Reason(fault.reason) if known else Reason.NODE_UNREACHABLE
-        return GuestUnavailable(reason, fault.message, hint=fault.hint, retry_after_s=fault.retry_after_s)
-    return _CLASSES.get(fault.reason, GuestFailed)(fault.message, hint=fault.hint)
+    if fault.ran is not Ran.NO:
+        return _MAY_HAVE_RUN.get(fault.reason, GuestFailed)(fault.message, hint=fault.hint)
+    if fault.reason == Reason.CANCELLED:
+        return InvocationCancelled(fault.message, hint=fault.hint)
+    if fault.reason in _NO_NODE_WOULD_TAKE_IT:
+        return SubstrateError(Reason(fault.reason), fault.message, ran=Ran.NO, hint=fault.hint)
+    reason = Reason(fault.reason) if fault.reason in UNAVAILABLE else Reason.NODE_UNREACHABLE
+    return GuestUnavailable(reason, fault.message, hint=fault.hint, retry_after_s=fault.retry_after_s)
 
 
 # The frames of a reply.
@@ -245,6 +286,9 @@ def _frame(kind: FrameType, payload: bytes) -> bytes:
     return _PREFIX.pack(kind, len(payload)) + payload
 
 
+_KINDS: Final = {int(kind): kind for kind in FrameType}
+
+
 class FrameReader:
     """Cuts a stream of bytes into frames and keeps their order: `H`, any `D`, one `E`; or a single `E`."""
 
@@ -258,29 +302,36 @@ class FrameReader:
     def feed(self, data: bytes) -> list[tuple[FrameType, bytes]]:
         """Take bytes and return the frames they complete; raises `WireError`."""
         buffer = self._buffer
-        buffer += data
-        frames, at = [], 0
-        while len(buffer) - at >= _PREFIX.size:
-            code, size = _PREFIX.unpack_from(buffer, at)
+        if buffer:
+            buffer += data
+        source = memoryview(buffer if buffer else data)  # whole frames are mostly cut out of what has just arrived
+        frames: list[tuple[FrameType, bytes]] = []
+        at = 0
+        while len(source) - at >= _PREFIX.size:
+            code, size = _PREFIX.unpack_from(source, at)
             kind = self._expected(code, size)
-            if len(buffer) - at < _PREFIX.size + size:
+            end = at + _PREFIX.size + size
+            if len(source) < end:
                 break
-            at += _PREFIX.size
-            frames.append((kind, bytes(memoryview(buffer)[at : at + size])))
-            at += size
+            frames.append((kind, source[at + _PREFIX.size : end].tobytes()))
             self.headed = self.headed or kind is FrameType.HEAD
             self.ended = kind is FrameType.END
-        del buffer[:at]
-        if self.ended and buffer:
+            at = end
+        if self.ended and len(source) > at:
             raise WireError("bytes after the end frame")
+        source.release()
+        if buffer:
+            del buffer[:at]
+        else:
+            buffer += data[at:]
         return frames
 
     def _expected(self, code: int, size: int) -> FrameType:
         if self.ended:
             raise WireError("a frame after the end frame")
-        if code not in set(FrameType):
+        kind = _KINDS.get(code)
+        if kind is None:
             raise WireError(f"a frame of unknown type {code}")
-        kind = FrameType(code)
         if kind is FrameType.HEAD and self.headed:
             raise WireError("a second head frame")
         if kind is FrameType.DATA and not self.headed:
