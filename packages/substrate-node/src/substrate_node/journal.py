@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 _LINE_BYTES_MAX = 128
 
@@ -24,8 +25,7 @@ class JournalLine(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Await the line."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one but in name
 
     def data_received(self, data: bytes) -> None:
         """Keep the entry and acknowledge it; close on anything else, so that the guest does not act."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 
 from substrate_seam.errors import GuestFailed, GuestTimeout, SubstrateError
 from substrate_seam.http1 import BadReply, ReplyReader
@@ -120,8 +121,7 @@ class Exchange(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send everything at once."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one but in name
         if self.error is not None:  # ended while it connected: the guest must not get the request any more
             transport.abort()
             return

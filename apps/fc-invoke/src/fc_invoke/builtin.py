@@ -1,0 +1,37 @@
+"""The workloads that are there with no configuration at all, written as a user would write them."""
+
+from __future__ import annotations
+
+import json
+
+SOURCE = "the built-in workloads"
+
+_SERVE = ["python", "-m", "substrate_guest", "serve"]
+
+TABLE = json.dumps(
+    {
+        "echo": {
+            "command": [*_SERVE, "substrate_guest.workloads.echo:app"],
+            "memMib": 64,
+            "pool": 1,
+            "requestTimeout": "30s",
+        },
+        "python": {
+            "command": [*_SERVE, "substrate_guest.workloads.python:app"],
+            "memMib": 256,
+            "pool": 1,
+            "requestTimeout": "30s",
+        },
+    }
+)
+
+WELCOME = """\
+Try it, from another terminal:
+
+  curl -d '{{"code": "print(6*7)"}}' {url}/invoke/python
+  curl -d hello {url}/invoke/echo
+
+Each call ran in a process guest of its own. That keeps calls apart; it is no security boundary (see README.md).
+Metrics, reasons and the story of each call: {admin_url}  ·  Ctrl-C drains and stops.
+"""
+"""What `serve` prints for a person, with the addresses filled in."""

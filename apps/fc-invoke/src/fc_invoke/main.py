@@ -1,0 +1,143 @@
+"""The command line of fc-invoke: `serve` unless told otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says; exits with 0 when it went well, 1 when it did not, 2 when it made no sense."""
+    chosen = _parser().parse_args(_with_default(sys.argv[1:] if arguments is None else list(arguments)))
+    try:
+        status = chosen.run(chosen)
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
+
+
+def _with_default(arguments: list[str]) -> list[str]:
+    about_itself = {"-h", "--help", "--version"}
+    return (
+        arguments if arguments and (arguments[0] in about_itself or arguments[0][0] != "-") else ["serve", *arguments]
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fc-invoke",
+        description="Runs each request in a guest of its own. Settings are environment variables: see README.md.",
+    )
+    parser.add_argument("--version", action="version", version=f"fc-invoke {version('fc-invoke')}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    serve = verbs.add_parser("serve", help="serve workloads (the default); built-in ones if no table is configured")
+    serve.add_argument("--workers", type=int, default=1, help="must be 1: there is one node, and it has one queue")
+    serve.set_defaults(run=_serve)
+
+    check = verbs.add_parser("check", help="check a workload table and list everything that is wrong with it")
+    check.add_argument("file", help="a table in JSON or YAML; `-` is standard input")
+    check.add_argument("--host", action="store_true", help="also check what the table names on this machine")
+    check.set_defaults(run=_check)
+
+    invoke = verbs.add_parser("invoke", help="call a workload and show where the time went")
+    invoke.add_argument("workload")
+    invoke.add_argument("session", nargs="?")
+    body = invoke.add_mutually_exclusive_group()
+    body.add_argument("-d", "--data", help="the body, as text")
+    body.add_argument("-f", "--file", help="a file with the body; `-` is standard input")
+    _add_addresses(invoke)
+    invoke.set_defaults(run=_invoke)
+
+    explain = verbs.add_parser("explain", help="tell the whole story of one invocation")
+    explain.add_argument("id", help="what `fc-invocation-id` said")
+    _add_addresses(explain)
+    explain.set_defaults(run=_explain)
+
+    audit = verbs.add_parser("audit", help="misbehave towards a running system and check that it told the truth")
+    audit.add_argument("workload", nargs="?", default="echo")
+    audit.add_argument("--calls", type=int, default=200)
+    audit.add_argument("--at-once", type=int, default=16)
+    audit.add_argument("--seed", type=int, default=0)
+    audit.add_argument(
+        "--journal",
+        action="append",
+        metavar="URL",
+        help="admin listener of a daemon that keeps the journal (each node's, if there are several)",
+    )
+    _add_addresses(audit)
+    audit.set_defaults(run=_audit)
+    return parser
+
+
+def _add_addresses(verb: argparse.ArgumentParser) -> None:
+    from fc_invoke.client import DEFAULT_ADMIN_URL, DEFAULT_URL
+
+    verb.add_argument("--url", default=DEFAULT_URL, help="the public listener (default: %(default)s)")
+    verb.add_argument("--admin-url", default=DEFAULT_ADMIN_URL, help="the admin listener (default: %(default)s)")
+    verb.add_argument("--token-file", help="a file that holds the caller's token")
+    verb.add_argument("--admin-token-file", help="a file that holds the operator's token")
+
+
+def _serve(chosen: argparse.Namespace) -> int:
+    from fc_invoke.serving import serve
+
+    if chosen.workers != 1:
+        print(f"--workers: found {chosen.workers}; accepted is 1: a node has one queue and one ledger", file=sys.stderr)
+        return 2
+    return serve(os.environ)
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    from fc_invoke.checking import check
+
+    return check(chosen.file, host=chosen.host)
+
+
+def _invoke(chosen: argparse.Namespace) -> int:
+    from fc_invoke import client
+
+    return client.told_errors(
+        lambda: client.invoke(
+            chosen.url,
+            chosen.admin_url,
+            client.Call(chosen.workload, chosen.session, client.read_body(chosen.data, chosen.file)),
+            token=client.read_token(chosen.token_file),
+            admin_token=client.read_token(chosen.admin_token_file),
+        )
+    )
+
+
+def _explain(chosen: argparse.Namespace) -> int:
+    from fc_invoke import client
+
+    return client.told_errors(
+        lambda: client.explain(chosen.admin_url, chosen.id, admin_token=client.read_token(chosen.admin_token_file))
+    )
+
+
+def _audit(chosen: argparse.Namespace) -> int:
+    from fc_invoke import auditing, client
+
+    return client.told_errors(
+        lambda: auditing.run(
+            [chosen.url],
+            chosen.journal or [chosen.admin_url],
+            workload=chosen.workload,
+            calls=chosen.calls,
+            at_once=chosen.at_once,
+            seed=chosen.seed,
+            token=client.read_token(chosen.token_file),
+            admin_token=client.read_token(chosen.admin_token_file),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

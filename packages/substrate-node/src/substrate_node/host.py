@@ -1,0 +1,102 @@
+"""The node put together on this machine: its state root, its monitors, its size; leftovers of an earlier daemon go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TextIO
+
+from msgspec import Struct
+
+from substrate_node.memory import default_memory_mib
+from substrate_node.node import LocalNode, NodeIdentity, NodeTimes
+from substrate_node.procvm import ProcessVmm
+from substrate_node.ready import IdentityMint
+from substrate_node.state import StateRoot, default_state_root, locked_state_root
+from substrate_seam.events import Emit, OrphanRemoved, WarningRaised
+
+
+class HostRules(Struct, frozen=True, kw_only=True):
+    """What this machine is to its cluster. `memory_mib` None means: what it has, less a reserve.
+
+    `state_root` None means: the usual place of a daemon called `daemon`. `state_setting` names it in errors.
+    `guest_argv` starts a process guest (see `ProcessVmm`).
+    """
+
+    daemon: str
+    node_id: str
+    arch: str
+    pod_uid: str | None
+    state_root: Path | None
+    state_setting: str
+    memory_mib: int | None
+    boot_within_s: float
+    guest_argv: tuple[str, ...]
+    audit_journal: Path | None
+
+
+class HostedNode(Struct, frozen=True, kw_only=True):
+    """A node that runs, its monitor of process guests, and the entries of its audit journal (None: none is kept)."""
+
+    node: LocalNode
+    vmm: ProcessVmm
+    journal: JournalFile | None
+
+    async def drain(self, within_s: float) -> None:
+        """Take no new calls; return when those that run have ended, which `within_s` seconds from now they must."""
+        await self.node.drain(within_s=within_s)
+        await self.node.idle()
+
+
+class JournalFile:
+    """The audit journal in a file: one `id attempt` a line, written before the guest may act."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def record(self, invocation_id: str, attempt: int) -> None:
+        """Keep an entry. Raises `OSError`."""
+        self._file.write(f"{invocation_id} {attempt}\n")
+        self._file.flush()
+
+    def entries(self) -> list[str]:
+        """Every entry so far, oldest first."""
+        return Path(self._file.name).read_text().splitlines()
+
+
+@asynccontextmanager
+async def hosted_node(rules: HostRules, *, emit: Emit) -> AsyncIterator[HostedNode]:
+    """Be a node for the length of the block. Raises `StateRootUnusable`, and `OSError` for a journal it can't write."""
+    boot_id = os.urandom(16).hex()
+    place = rules.state_root or default_state_root(rules.daemon, os.environ)
+    with ExitStack() as files:
+        root = files.enter_context(locked_state_root(place, boot_id=boot_id, setting=rules.state_setting))
+        journal = _open_journal(rules.audit_journal, files)
+        vmm = await _process_vmm(rules, root, audited=journal is not None, emit=emit)
+        identity = NodeIdentity(node_id=rules.node_id, boot_id=boot_id, arch=rules.arch, pod_uid=rules.pod_uid)
+        async with LocalNode(
+            identity,
+            vmms=[vmm],
+            memory_mib=default_memory_mib() if rules.memory_mib is None else rules.memory_mib,
+            mint=IdentityMint(wall_ns=time.time_ns, entropy=os.urandom),
+            emit=emit,
+            times=NodeTimes(boot_within_s=rules.boot_within_s),
+            record=journal.record if journal is not None else None,
+        ) as node:
+            yield HostedNode(node=node, vmm=vmm, journal=journal)
+
+
+def _open_journal(path: Path | None, files: ExitStack) -> JournalFile | None:
+    return JournalFile(files.enter_context(path.open("a"))) if path is not None else None
+
+
+async def _process_vmm(rules: HostRules, root: StateRoot, *, audited: bool, emit: Emit) -> ProcessVmm:
+    vmm = ProcessVmm(root.run, guest_argv=rules.guest_argv, env={"SUBSTRATE_AUDIT": "1"} if audited else {})
+    for orphan in await vmm.sweep():
+        emit(OrphanRemoved(guest=orphan.guest_id, pid=orphan.pid))
+    for measure in (await vmm.probe()).missing:
+        emit(WarningRaised(message=f"process guests lack {measure.name}: {measure.why_not}", hint=measure.hint))
+    return vmm

@@ -1,0 +1,109 @@
+"""The life of a daemon around its listeners: started, reloaded, asked to stop, drained, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+
+from msgspec import Struct
+
+from substrate_seam.events import DaemonStarted, DaemonStopped, DaemonStopping, Emit
+from substrate_service.address import Address
+from substrate_service.serving import Listener, serve
+from substrate_service.signals import Stopping
+
+_ENDING_S = 2.0
+"""After its calls were ended by the drain deadline, so long the daemon lets the last answers out."""
+
+
+class Duties(Struct, frozen=True, kw_only=True):
+    """What is particular to one daemon: how it reloads (SIGHUP), how it drains, and what it says once it listens.
+
+    `drain` is told the seconds that calls have left, and returns when none is left or they are over.
+    """
+
+    reload: Callable[[], Awaitable[None]]
+    drain: Callable[[float], Awaitable[None]]
+    announce: Callable[[list[Address]], None] = lambda _: None
+
+
+def exit_status(name: str, to_the_end: Callable[[], int], *, mistakes: tuple[type[Exception], ...]) -> int:
+    """Run a daemon to its end; an operator's mistake becomes its words on standard error, and status 2."""
+    found: list[BaseException] = []
+    try:
+        return to_the_end()
+    except* mistakes as group:  # task groups wrap what is raised within them
+        found = list(_leaves(group))
+    for mistake in found:
+        print(f"{name}: {mistake}", file=sys.stderr)  # noqa: T201  # the person who started it reads this
+    return 2
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+async def run_daemon(
+    name: str,
+    version: str,
+    listeners: Sequence[Listener],
+    duties: Duties,
+    *,
+    drain_within_s: float,
+    stopping: Stopping,
+    emit: Emit,
+) -> int:
+    """Serve until asked to stop; the exit status is 0 when every call had its answer by then, else 1.
+
+    Once asked, the daemon is unready and takes no new calls; those that run have `drain_within_s` seconds.
+    Raises `ListenFailed` before anything is served.
+    """
+
+    def listening(addresses: list[Address]) -> None:
+        public, admin = (str(address) for address in addresses)
+        emit(DaemonStarted(daemon=name, version=version, listen=public, admin=admin))
+        duties.announce(addresses)
+
+    async def drain() -> None:
+        await stopping.requested.wait()
+        emit(DaemonStopping(daemon=name, signal=stopping.by, within_s=drain_within_s))
+        await duties.drain(drain_within_s)
+
+    async with asyncio.TaskGroup() as tasks:
+        draining = tasks.create_task(drain(), name="drain")
+        hups = asyncio.Event()
+        reloading = tasks.create_task(_reload_on(hups, duties.reload), name="reload")
+        try:
+            with _set_on_hup(hups):
+                clean = await serve(
+                    listeners, stopping=stopping, drain_s=drain_within_s + _ENDING_S, listening=listening
+                )
+        finally:
+            draining.cancel()
+            reloading.cancel()
+    emit(DaemonStopped(daemon=name, clean=clean))
+    return 0 if clean else 1
+
+
+async def _reload_on(hups: asyncio.Event, reload: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await hups.wait()
+        hups.clear()
+        await reload()
+
+
+@contextmanager
+def _set_on_hup(hups: asyncio.Event) -> Generator[None]:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, hups.set)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)

@@ -1,0 +1,35 @@
+"""What a daemon knows of itself, put together: a log, metrics and stories, all fed by the same events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from msgspec import Struct
+
+from substrate_seam.events import Emit
+from substrate_service.logs import event_log, library_logs_to
+from substrate_service.metrics import Metrics
+from substrate_service.sinks import fan_out
+from substrate_service.stories import Stories
+
+STDERR = 2
+
+
+class Observed(Struct, frozen=True, kw_only=True):
+    """Where a daemon's events go (`emit`), and what has become of them."""
+
+    emit: Emit
+    metrics: Metrics
+    stories: Stories
+
+
+@contextmanager
+def observed() -> Generator[Observed]:
+    """Log to standard error, count and remember, for the length of the block."""
+    metrics, stories = Metrics(), Stories(clock=time.time_ns)
+    with event_log(STDERR) as log:
+        emit = fan_out(log, metrics, stories.emit)
+        with library_logs_to(emit):
+            yield Observed(emit=emit, metrics=metrics, stories=stories)
