@@ -85,6 +85,7 @@ async def hosted_node(rules: HostRules, *, emit: Emit) -> AsyncIterator[HostedNo
             emit=emit,
             times=NodeTimes(boot_within_s=rules.boot_within_s),
             record=journal.record if journal is not None else None,
+            clock=time.monotonic,  # uvloop's clock stands still for a millisecond
         ) as node:
             yield HostedNode(node=node, vmm=vmm, journal=journal)
 

@@ -61,6 +61,7 @@ class Shop:
         mint: IdentityMint,
         reaper: Reaper,
         emit: Emit,
+        clock: Callable[[], float],
     ) -> None:
         self.node_id = node_id
         self.calls = calls
@@ -72,6 +73,7 @@ class Shop:
         self.mint = mint
         self.reaper = reaper
         self.emit = emit
+        self.clock = clock
 
 
 class Claim:
@@ -87,6 +89,7 @@ class Claim:
         self._hosted: Hosted
         self._invocation = invocation
         self._loop = asyncio.get_running_loop()
+        self._arrived_s = shop.clock()
         self._start_by_s = self._loop.time() + invocation.start_within_s
         self._start_bound: asyncio.Timeout | None = None
         self._interruption: SubstrateError | None = None
@@ -104,6 +107,11 @@ class Claim:
         self._returning: asyncio.Task[object] | None = None
         self._queue_ms = 0.0
         self._started: Started | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole reply is here, so that reading it waits for nobody."""
+        return self._exchange is not None and self._exchange.whole
 
     # The block.
 
@@ -173,7 +181,7 @@ class Claim:
 
     async def _queue(self) -> None:
         invocation, slots = self._invocation, self._shop.slots
-        name, entered_s = self._hosted.workload.name, self._loop.time()
+        name, entered_s = self._hosted.workload.name, self._shop.clock()
         ticket = self._ticket = slots.enter(
             name,
             caller=invocation.caller,
@@ -186,7 +194,7 @@ class Claim:
             granted: asyncio.Future[None] = self._loop.create_future()
             ticket.on_grant = partial(_resolve, granted)
             await granted
-        self._queue_ms = (self._loop.time() - entered_s) * 1e3
+        self._queue_ms = round((self._shop.clock() - entered_s) * 1e3, 3)
         busy, waiting, _ = slots.load(name)
         self._shop.emit(
             SlotTaken(
@@ -216,14 +224,14 @@ class Claim:
         failure: StartFailure | None = None
         while (start := self._next_way()) is not None:
             self._tried.add(start)
-            began_s = self._loop.time()
+            began_s = self._shop.clock()
             try:
                 base = await self._start_by(start)
             except StartFailure as failed:
                 failure = failed
                 await self._start_failed(start, str(failed))
                 continue
-            self._claimed(start, base, ready_ms=(self._loop.time() - began_s) * 1e3)
+            self._claimed(start, base, ready_ms=(self._shop.clock() - began_s) * 1e3)
             return
         raise self._no_way(failure)
 
@@ -274,9 +282,9 @@ class Claim:
     def _claimed(self, start: Start, base: str | None, *, ready_ms: float) -> None:
         guest, invocation = self._guest, self._invocation
         assert guest is not None
-        claim_ms = (self._loop.time() - self._start_by_s + invocation.start_within_s) * 1e3 - self._queue_ms
+        claim_ms = (self._shop.clock() - self._arrived_s) * 1e3 - self._queue_ms
         self._started = Started(
-            queue_ms=round(self._queue_ms, 3),
+            queue_ms=self._queue_ms,
             claim_ms=round(claim_ms, 3),
             ready_ms=round(ready_ms, 3),
             start=start,
@@ -344,7 +352,9 @@ class Claim:
             message = f"the request cannot be written: {error}"
             raise SubstrateError(Reason.BAD_REQUEST, message, ran=Ran.NO) from error
         while True:
-            exchange = Exchange(DATA_PORT, head, request.body, head_request=request.method == "HEAD")
+            exchange = Exchange(
+                DATA_PORT, head, request.body, head_request=request.method == "HEAD", clock=self._shop.clock
+            )
             self._exchange = exchange
             exchange.bound(invocation.run_within_s, on_expiry=self._expired)
             try:
@@ -404,7 +414,7 @@ class Claim:
         assert started is not None
         sample = self._sample = self._sampled() if self._returning is None else self._sample or Sample(None, None)
         return Receipt(
-            guest_ms=round(_guest_ms(exchange, self._loop.time()), 3),
+            guest_ms=round(_guest_ms(exchange, self._shop.clock()), 3),
             body_bytes=exchange.body_bytes,
             cpu_ms=sample.cpu_ms,
             peak_mib=sample.peak_mib,
@@ -482,7 +492,7 @@ class Claim:
 
     def _tell(self, died: Exit | None) -> None:
         invocation, exchange, ticket = self._invocation, self._exchange, self._ticket
-        name, now_s = self._hosted.workload.name, self._loop.time()
+        name, now_s = self._hosted.workload.name, self._shop.clock()
         if exchange is not None and exchange.written:
             sample = self._sample or Sample(None, None)
             self._shop.emit(

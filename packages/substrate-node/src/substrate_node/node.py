@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -61,7 +61,8 @@ class NodeTimes(Struct, frozen=True, kw_only=True):
 class LocalNode:
     """Runs invocations on this machine. An async context manager: leaving it ends every guest.
 
-    `vmms` are asked in order which of them runs a workload. `record`, if given, keeps the audit journal.
+    `vmms` are asked in order which of them runs a workload. `record`, if given, keeps the audit journal. `clock` gives
+    seconds to measure by, finer than an event loop may tell them; without it the loop's own do.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class LocalNode:
         emit: Emit,
         times: NodeTimes | None = None,
         record: Record | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         times = times or NodeTimes()
         self._identity = identity
@@ -91,7 +93,8 @@ class LocalNode:
         self._drain_timer: asyncio.TimerHandle | None = None
         self._reaper = Reaper(emit=emit)
         self._ledger = Ledger(memory_mib, freed=self._memory_freed)
-        self._slots: Slots[Stake] = Slots(clock=loop.time, changed=self._queue_changed)
+        clock = clock or loop.time
+        self._slots: Slots[Stake] = Slots(clock=clock, changed=self._queue_changed)
         self._calls = Calls(clock=loop.time)
         self._bases = Bases(
             ledger=self._ledger,
@@ -129,6 +132,7 @@ class LocalNode:
             mint=mint,
             reaper=self._reaper,
             emit=emit,
+            clock=clock,
         )
 
     @property
@@ -334,7 +338,7 @@ class LocalNode:
 
     # Reports.
 
-    async def reports(self) -> AsyncIterator[NodeReport]:
+    async def reports(self) -> AsyncGenerator[NodeReport, None]:
         """A full report at once, then what changed: at most one per 50 ms, at least one per 2 s."""
         hearer = _Hearer()
         self._hearers.add(hearer)

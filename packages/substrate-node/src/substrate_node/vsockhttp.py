@@ -38,8 +38,17 @@ class Exchange(asyncio.Protocol):
     Iterating it gives the pieces of the body; it ends without an error only when the reply is whole.
     """
 
-    def __init__(self, port: int, head: bytes, body: bytes = b"", *, head_request: bool = False) -> None:
+    def __init__(
+        self,
+        port: int,
+        head: bytes,
+        body: bytes = b"",
+        *,
+        head_request: bool = False,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._clock = clock or self._loop.time
         self._request = [b"CONNECT %d\n" % port + head, body]
         self._port = port
         self._reader = ReplyReader(head_request=head_request)
@@ -126,7 +135,7 @@ class Exchange(asyncio.Protocol):
             transport.abort()
             return
         self.written = True
-        self.started_s = self._loop.time()
+        self.started_s = self._clock()
         head, body = self._request
         self._request = []
         if len(body) <= _ONE_WRITE_BYTES_MAX:
@@ -206,7 +215,7 @@ class Exchange(asyncio.Protocol):
 
     def _end(self) -> None:
         """No byte is awaited any more."""
-        self.ended_s = self._loop.time()
+        self.ended_s = self._clock()
         if self._transport is not None:
             self._transport.abort()
         self._wake()
