@@ -144,7 +144,7 @@ class CancelAnswer(Struct, frozen=True):
 class DrainOrder(Struct, frozen=True):
     """What `PUT /v1/node/drain` carries."""
 
-    within_s: float
+    within_s: _Seconds
 
 
 _encode = msgspec.json.Encoder().encode
