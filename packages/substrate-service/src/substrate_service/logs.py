@@ -1,0 +1,227 @@
+"""Events as lines of JSON, or as readable ones on a terminal; the log lines of libraries among them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import select
+import stat
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator
+from typing import Final
+
+import msgspec
+
+from substrate_seam import events
+from substrate_seam.events import Emit, Event
+
+_PENDING_BYTES_MAX: Final = 2**20
+_RETRY_S: Final = 0.05
+_LAST_WORDS_S: Final = 1.0
+_HASHED: Final = frozenset({"session", "url", "target"})
+_LEVELS: Final[dict[type[Event], str]] = {
+    events.BaseCondemned: "warning",
+    events.BaseFailed: "warning",
+    events.CatalogRefused: "error",
+    events.CleanupFailed: "error",
+    events.CleanupLate: "warning",
+    events.DefectFound: "error",
+    events.NodeLost: "warning",
+    events.StartFailed: "warning",
+    events.WarningRaised: "warning",
+}
+
+_encoder = msgspec.json.Encoder(enc_hook=repr)
+
+
+class LinesDropped(Event, frozen=True, kw_only=True, tag="log.dropped"):
+    """The log's reader was too slow: `lines` lines were not written."""
+
+    lines: int
+
+
+class LibraryLogged(Event, frozen=True, kw_only=True, tag="library.logged"):
+    """A library wrote to Python's own logging."""
+
+    logger: str
+    level: str
+    message: str
+    traceback: str = ""
+
+
+class EventLog:
+    """An `Emit` that writes a line for each event to a file descriptor, once for each turn of the event loop.
+
+    It never waits: what a slow reader does not take is held up to a MiB, and further lines are dropped, counted and
+    told. Session ids and URLs are hashed with `key`; without one they can be compared only within this process.
+    Made by `event_log`.
+    """
+
+    def __init__(
+        self, descriptor: int, *, readable: bool, key: bytes | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._descriptor = descriptor
+        self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._format = _readable if readable else _json
+        self._key = key or os.urandom(16)
+        self._clock = clock
+        self._second, self._second_text = -1, ""
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._dropped = 0
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one that will flush
+        self._lock = threading.Lock()  # libraries log from their threads
+
+    def __call__(self, event: Event) -> None:
+        """Write the event soon; never waits, never raises."""
+        line = self._line(event)
+        with self._lock:
+            if self._pending_bytes + len(line) > _PENDING_BYTES_MAX:
+                self._dropped += 1
+                return
+            self._pending.append(line)
+            self._pending_bytes += len(line)
+        if self._loop is None or self._loop.is_closed():
+            try:
+                self._loop = asyncio.get_running_loop()
+            except RuntimeError:
+                self.flush()
+            else:
+                self._loop.call_soon(self._tick)
+
+    def flush(self, *, within_s: float = 0.0) -> None:
+        """Write what the reader takes, waiting for it at most `within_s` seconds."""
+        deadline_s = time.monotonic() + within_s
+        with self._lock:
+            pending, self._pending = b"".join(self._pending), []
+            written = self._write(pending, deadline_s)
+            if written == len(pending) and self._dropped:
+                told, self._dropped = self._line(LinesDropped(lines=self._dropped)), 0
+                pending, written = told, self._write(told, deadline_s)
+            if rest := pending[written:]:
+                self._pending.insert(0, rest)
+            self._pending_bytes = sum(map(len, self._pending))
+
+    def _tick(self) -> None:
+        loop, self._loop = self._loop, None
+        self.flush()
+        if self._pending and loop is not None:
+            self._loop = loop
+            loop.call_later(_RETRY_S, self._tick)
+
+    def _write(self, data: bytes, deadline_s: float) -> int:
+        """Write without waiting beyond the deadline; how many bytes are dealt with."""
+        view, at = memoryview(data), 0
+        # A pipe that polls as writable takes PIPE_BUF bytes without blocking. Making it non-blocking instead would
+        # change it for every process that shares it.
+        slice_bytes = len(data) if self._is_file else select.PIPE_BUF
+        try:
+            while at < len(data) and self._poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+                at += os.write(self._descriptor, view[at : at + slice_bytes])
+        except OSError:
+            return len(data)  # the reader is gone for good, and there is nobody to tell
+        return at
+
+    def _line(self, event: Event) -> bytes:
+        try:
+            return self._format(self._now(), _LEVELS.get(type(event), "info"), self._discreet(event))
+        except Exception:  # noqa: BLE001  # an event that cannot be written must not harm whoever emits it
+            defect = events.DefectFound(message="an event cannot be written", traceback=traceback.format_exc())
+            return self._format(self._now(), "error", defect)
+
+    def _now(self) -> str:
+        now_s = self._clock()
+        if (second := int(now_s)) != self._second:
+            self._second, self._second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._second_text}.{int(now_s * 1000) % 1000:03d}Z"
+
+    def _discreet(self, event: Event) -> Event:
+        """The event with its session id or URL hashed."""
+        names = _HASHED.intersection(event.__struct_fields__)
+        values = {name: value for name in names if (value := getattr(event, name)) is not None}
+        if not values:
+            return event
+        hashed = {name: self._hash(str(value)) for name, value in values.items()}
+        return msgspec.structs.replace(event, **hashed)
+
+    def _hash(self, text: str) -> str:
+        return "#" + hashlib.blake2b(text.encode("utf-8", "surrogateescape"), key=self._key, digest_size=6).hexdigest()
+
+
+@contextlib.contextmanager
+def event_log(
+    descriptor: int, *, readable: bool | None = None, key: bytes | None = None, clock: Callable[[], float] = time.time
+) -> Generator[EventLog]:
+    """Write events to `descriptor` for the length of the block: readable on a terminal, JSON elsewhere.
+
+    At the end the last lines have a second to be read.
+    """
+    log = EventLog(descriptor, readable=os.isatty(descriptor) if readable is None else readable, key=key, clock=clock)
+    try:
+        yield log
+    finally:
+        log.flush(within_s=_LAST_WORDS_S)
+
+
+@contextlib.contextmanager
+def library_logs_to(emit: Emit, *, level: int = logging.WARNING) -> Generator[None]:
+    """Make what libraries log, from `level` on, events like everything else, for the length of the block."""
+    root, handler = logging.getLogger(), _Records(emit)
+    before, root.handlers = (root.handlers, root.level), [handler]
+    root.setLevel(level)
+    try:
+        yield
+    finally:
+        root.handlers, level_before = before
+        root.setLevel(level_before)
+
+
+class _Records(logging.Handler):
+    """Turns records of Python's logging into events."""
+
+    def __init__(self, emit: Emit) -> None:
+        super().__init__()
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Emit the record as an event; never raises."""
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001  # a library that formats its own line wrongly
+            message = f"{record.msg} {record.args!r}"
+        trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
+        self._emit(LibraryLogged(logger=record.name, level=record.levelname.lower(), message=message, traceback=trace))
+
+
+def _json(now: str, level: str, event: Event) -> bytes:
+    return b'{"time":"%b","level":"%b",%b\n' % (now.encode(), level.encode(), _encoder.encode(event)[1:])
+
+
+def _readable(now: str, level: str, event: Event) -> bytes:
+    """`12:34:56.789 guest.claimed workload=thumbnail …`; long texts with line breaks go below, indented."""
+    fields = msgspec.json.decode(_encoder.encode(event))
+    words = [now[11:-1], *([level.upper()] if level != "info" else []), fields.pop("event")]
+    below = []
+    for name, value in fields.items():
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        if "\n" in text:
+            below += [f"    {_plain(line)}" for line in text.splitlines()]
+        else:
+            words.append(f"{name}={text if text.isprintable() and ' ' not in text and text else _quoted(text)}")
+    return "\n".join([" ".join(words), *below, ""]).encode("utf-8", "replace")
+
+
+def _quoted(text: str) -> str:
+    return msgspec.json.encode(text).decode()
+
+
+def _plain(line: str) -> str:
+    """A line that cannot steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in line)
