@@ -109,8 +109,9 @@ def _from_json(text: str, source: str) -> Value:
 
 
 def _integer(digits: str) -> int | Odd:
-    if len(digits) > _LONGEST_INTEGER:
-        return Odd(f"a number of {len(digits.lstrip('-+')):,} digits", "that is more than any field holds")
+    count = len(digits.lstrip("-+"))
+    if count > _LONGEST_INTEGER:
+        return Odd(f"a number of {count:,} digits", "that is more than any field holds")
     return int(digits)
 
 
