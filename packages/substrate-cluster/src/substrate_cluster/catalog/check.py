@@ -51,9 +51,7 @@ def host_problems(entries: Iterable[Entry], *, kind_of: Callable[[str], Kind]) -
     for spec in (entry.workload.spec for entry in entries):
         for field, path, accepted in _named_paths(spec):
             if path is not None and (kind := kind_of(path)) not in accepted:
-                problems.append(
-                    Finding(f"{spec.name}.{field}", f"found {kind} at {path}; accepted is {' or '.join(accepted)}")
-                )
+                problems.append(Finding(f"{spec.name}.{field}", f"found {kind} at {path}; accepted is {accepted[0]}"))
     return tuple(problems)
 
 
