@@ -120,7 +120,8 @@ class Exchange(asyncio.Protocol):
             self._end()
 
     def close(self) -> None:
-        """Drop the connection; nothing of it is left on the loop."""
+        """Drop the connection; nothing of it is left on the loop. A reply that is not whole yet never will be."""
+        self.fail(GuestFailed("it was given up before its reply was whole"))
         if self._timer is not None:
             self._timer.cancel()
         if self._transport is not None:

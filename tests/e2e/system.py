@@ -1,0 +1,208 @@
+"""The real daemons as processes of this machine: in one process (`single`), or agent and node (`split`)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+
+STARTED_WITHIN_S = 30.0
+
+Table = dict[str, dict[str, object]]
+
+_SERVE = ["python", "-m", "substrate_guest", "serve"]
+
+
+def workload(module: str, **fields: object) -> dict[str, object]:
+    """An entry of a table that serves `module:attribute`, small and without parked guests unless told otherwise."""
+    return {"command": [*_SERVE, module], "memMib": 64, "requestTimeout": "10s", **fields}
+
+
+@dataclass
+class Process:
+    """One daemon: what it logged, and the addresses it said it listens on."""
+
+    name: str
+    child: asyncio.subprocess.Process
+    events: list[dict[str, object]] = field(default_factory=list)
+    other_lines: list[str] = field(default_factory=list)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    url: str = ""
+    admin_url: str = ""
+
+    def take(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            self.other_lines.append(line.decode("utf-8", "replace"))
+            return
+        self.events.append(event)
+        if event["event"] == "daemon.started":
+            self.url, self.admin_url = f"http://{event['listen']}", f"http://{event['admin']}"
+            self.started.set()
+
+    def seen(self, name: str) -> list[dict[str, object]]:
+        """The events of that name so far."""
+        return [event for event in self.events if event["event"] == name]
+
+    def signal(self, sig: int) -> None:
+        self.child.send_signal(sig)
+
+    async def ended(self, *, within_s: float = 30.0) -> int:
+        """Wait for its end; the exit status."""
+        async with asyncio.timeout(within_s):
+            return await self.child.wait()
+
+
+@dataclass
+class System:
+    """A running system: `front` takes calls, `node` runs guests. They are one process, or two."""
+
+    front: Process
+    node: Process
+    state_root: Path
+    journal_path: Path
+    mark: str
+    client: httpx.AsyncClient
+
+    @property
+    def processes(self) -> list[Process]:
+        return [self.front] if self.front is self.node else [self.front, self.node]
+
+    async def invoke(self, name: str, *, body: bytes = b"", session: str = "", **options: object) -> httpx.Response:
+        """One call, its reply read whole."""
+        path = f"/invoke/{name}" + (f"/{session}" if session else "")
+        return await self.client.post(self.front.url + path, content=body, **options)  # type: ignore[arg-type]
+
+    def journal(self) -> list[tuple[str, int]]:
+        """Who acted: invocation id and attempt, in order."""
+        lines = self.journal_path.read_text().splitlines() if self.journal_path.exists() else []
+        return [(line.split()[0], int(line.split()[1])) for line in lines]
+
+    def guests(self) -> list[int]:
+        """The processes of this machine that belong to guests of this system."""
+        return processes_marked(self.mark)
+
+    async def at_rest(self, *, parked: int = 0, within_s: float = 10.0) -> None:
+        """Wait until no guest is left but `parked` ones: no process, no run directory."""
+        async with asyncio.timeout(within_s):
+            while len(list((self.state_root / "run").iterdir())) > parked or (not parked and self.guests()):
+                await asyncio.sleep(0.02)
+
+
+def processes_marked(mark: str) -> list[int]:
+    """Processes with `mark` in their environment: guests inherit nothing else that we could know them by."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@asynccontextmanager
+async def process(name: str, *arguments: str, env: dict[str, str], cwd: Path) -> AsyncIterator[Process]:
+    """Run a daemon for the length of the block; at the end it is killed if it still runs."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        name.replace("-", "_"),
+        *arguments,
+        env={"PATH": os.environ["PATH"], "HOME": str(cwd), **env},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=cwd,
+    )
+    running = Process(name=name, child=child)
+    async with asyncio.TaskGroup() as duties:
+        duties.create_task(_read(running), name=f"read {name}")
+        try:
+            yield running
+        finally:
+            if child.returncode is None:
+                child.kill()
+
+
+async def _read(running: Process) -> None:
+    assert running.child.stdout is not None
+    async for line in running.child.stdout:
+        running.take(line)
+    await running.child.wait()
+
+
+async def started(*running: Process) -> None:
+    """Wait until all of them listen; whichever ends instead fails with what it said."""
+    for each in running:
+        async with asyncio.timeout(STARTED_WITHIN_S):
+            while not each.started.is_set():
+                if each.child.returncode is not None:
+                    raise AssertionError(f"{each.name} ended with {each.child.returncode}: {each.other_lines}")
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def system(kind: str, directory: Path, table: Table, **settings: str) -> AsyncIterator[System]:
+    """Start a system of `kind` on free ports with a table; `settings` are variables without their prefix."""
+    mark = uuid4().hex
+    for entry in table.values():
+        entry["env"] = {**dict(entry.get("env", {})), "MARK": mark}  # type: ignore[call-overload]
+    journal_path, state_root = directory / "journal", directory / "state"
+    (directory / "table.json").write_text(json.dumps(table))
+    front_env = {"WORKLOADS_FILE": str(directory / "table.json")}
+    node_env = {"STATE_ROOT": str(state_root), "AUDIT_JOURNAL": str(journal_path), "NODE": "node-1"}
+    listening = {"LISTEN_ADDR": "127.0.0.1:0", "ADMIN_LISTEN_ADDR": "127.0.0.1:0"}
+    async with AsyncExitStack() as stack:
+        if kind == "single":
+            env = _prefixed("FC_INVOKE_", {**listening, **front_env, **node_env, **settings})
+            front = node = await stack.enter_async_context(process("fc-invoke", env=env, cwd=directory))
+            await started(front)
+        else:
+            front, node = await _split(stack, directory, listening, front_env, node_env, settings)
+        client = await stack.enter_async_context(httpx.AsyncClient(timeout=60.0, trust_env=False))
+        yield System(front, node, state_root, journal_path, mark, client)
+
+
+async def _split(
+    stack: AsyncExitStack,
+    directory: Path,
+    listening: dict[str, str],
+    front_env: dict[str, str],
+    node_env: dict[str, str],
+    settings: dict[str, str],
+) -> tuple[Process, Process]:
+    """A node-daemon, and a cluster-agent that knows it. Each setting goes to whoever has it."""
+    of_node = {name: value for name, value in settings.items() if name in _NODE_SETTINGS}
+    of_front = {name: value for name, value in settings.items() if name not in _NODE_SETTINGS or name in _OF_BOTH}
+    env = _prefixed("NODE_DAEMON_", {**listening, **node_env, **of_node})
+    node = await stack.enter_async_context(process("node-daemon", env=env, cwd=directory))
+    await started(node)
+    env = _prefixed("CLUSTER_AGENT_", {**listening, **front_env, **of_front, "NODES": f"node-1={node.url}"})
+    front = await stack.enter_async_context(process("cluster-agent", env=env, cwd=directory))
+    await started(front)
+    return front, node
+
+
+_NODE_SETTINGS = {"STATE_ROOT", "MEMORY_MIB", "BOOT_READY_TIMEOUT", "AUDIT_JOURNAL", "NODE", "DRAIN_TIMEOUT"}
+_OF_BOTH = {"DRAIN_TIMEOUT"}
+
+
+def _prefixed(prefix: str, settings: dict[str, str]) -> dict[str, str]:
+    return {prefix + name: value for name, value in settings.items()}
+
+
+def stop(running: Process) -> None:
+    """Ask a daemon to stop, as an operator would."""
+    running.signal(signal.SIGTERM)

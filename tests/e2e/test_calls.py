@@ -1,0 +1,209 @@
+"""What callers of a real system see, wired either way."""
+
+import asyncio
+import base64
+import json
+
+import httpx
+import pytest
+
+from e2e.system import System
+from real_parts import needs
+
+pytestmark = needs("user-namespaces", "pidfd")
+
+
+async def run_python(running: System, code: str, **fields: object) -> dict[str, object]:
+    reply = await running.invoke("python", body=json.dumps({"code": code, **fields}).encode())
+    assert reply.status_code == 200, reply.text
+    return dict(reply.json())
+
+
+async def test_a_snippet_runs_and_its_output_comes_back(running):
+    """The first real input of this system: code in, what it printed out."""
+    answer = await run_python(running, "print(6*7)")
+    assert (answer["stdout"], answer["exit_code"], answer["error"]) == ("42\n", 0, None)
+
+
+async def test_files_travel_in_and_changed_ones_travel_out(running):
+    """An agent's files are there for the snippet, and what it changed comes back."""
+    given = [{"path": "in/data.txt", "content_b64": base64.b64encode(b"21").decode()}]
+    code = "n = int(open('in/data.txt').read()); open('out.txt', 'w').write(str(n * 2))"
+    answer = await run_python(running, code, files=given)
+    assert answer["files"] == [{"path": "out.txt", "content_b64": base64.b64encode(b"42").decode()}]
+
+
+async def test_a_call_sees_nothing_of_the_one_before(running):
+    """Files, variables, processes and the host name of one call are not there in the next."""
+    leave = (
+        "import builtins, pathlib, subprocess, socket\n"
+        "builtins.left = 1\n"
+        "for place in ('.', '/tmp', '/dev/shm'):\n"
+        "    pathlib.Path(place, 'left').write_text('x')\n"
+        "subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "print(socket.gethostname())"
+    )
+    look = (
+        "import builtins, json, pathlib, socket\n"
+        "print(json.dumps({'files': [p for p in ('left', '/tmp/left', '/dev/shm/left') if pathlib.Path(p).exists()],\n"
+        "  'variable': hasattr(builtins, 'left'), 'host': socket.gethostname(),\n"
+        "  'sleepers': [p.name for p in pathlib.Path('/proc').iterdir() if p.name.isdigit()\n"
+        "               and b'sleep' in (p / 'cmdline').read_bytes()]}))"
+    )
+    first = await run_python(running, leave)
+    assert first["exit_code"] == 0, first
+    second = await run_python(running, look)
+    seen = json.loads(str(second["stdout"]))
+    assert (seen["files"], seen["variable"], seen["sleepers"]) == ([], False, [])
+    assert seen["host"] != str(first["stdout"]).strip()
+
+
+async def test_every_answer_says_where_it_came_from(running):
+    """Id, start, node, isolation and where the time went are on each reply of a guest."""
+    reply = await running.invoke("echo", body=b"hello")
+    assert (reply.status_code, reply.content) == (200, b"hello")
+    assert reply.headers["fc-node"] == "node-1"
+    assert reply.headers["fc-isolation"] == "process"
+    assert reply.headers["fc-start"] == "cold"
+    assert len(reply.headers["fc-invocation-id"]) == 32
+    assert "queue;dur=" in reply.headers["server-timing"]
+    assert running.journal() == [(reply.headers["fc-invocation-id"], 1)]
+
+
+async def test_a_parked_guest_is_used_and_replaced(running):
+    """With a pool a call finds a guest that stands ready."""
+    async with asyncio.timeout(20):
+        while (await running.invoke("parked")).headers["fc-start"] != "pool":
+            pass
+    reply = await running.invoke("parked", headers={"fc-require-start": "cold"})
+    assert reply.status_code == 200
+
+
+async def test_pieces_of_a_reply_arrive_as_they_are_made(running):
+    """Each piece is flushed; nobody waits for the whole."""
+    loop, arrived_s = asyncio.get_running_loop(), []
+    async with running.client.stream("POST", running.front.url + "/invoke/flows?stream") as reply:
+        async for _ in reply.aiter_lines():
+            arrived_s.append(loop.time())
+    assert len(arrived_s) == 5
+    assert arrived_s[-1] - arrived_s[0] > 0.3  # it takes 0.4 s to make them
+
+
+async def test_a_large_reply_arrives_whole(running):
+    """20 MB through every buffer on the way."""
+    reply = await running.invoke("flows?big")
+    assert len(reply.content) == 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "status", "reason", "ran"),
+    [
+        ("/invoke/nobody", {}, 404, "unknown-workload", "no"),
+        ("/elsewhere", {}, 404, "not-found", "no"),
+        ("/invoke/echo/..%2f..", {}, 400, "bad-session", "no"),
+        ("/invoke/echo", {"headers": {"fc-require-isolation": "microvm"}}, 503, "incompatible", "no"),
+        ("/invoke/echo", {"headers": {"fc-require-start": "warm"}}, 503, "incompatible", "no"),
+        ("/invoke/echo", {"headers": {"fc-require-start": "quick"}}, 400, "bad-request", "no"),
+        ("/invoke/echo", {"headers": {"host": "evil.example"}}, 403, "forbidden", "no"),
+        ("/invoke/echo", {"headers": {"origin": "https://evil.example"}}, 403, "forbidden", "no"),
+        ("/invoke/echo", {"content": b"x" * 9_000_000}, 413, "body-too-large", "no"),
+        ("/invoke/flows?sleep", {}, 504, "guest-timeout", "maybe"),
+        ("/invoke/flows?die-before", {}, 502, "guest-failed", "maybe"),
+    ],
+)
+async def test_each_failure_is_told_as_documented(running, path, options, status, reason, ran):
+    """Status, `fc-error` and `fc-ran` are the table's, and the words name the command that explains it."""
+    reply = await running.client.post(running.front.url + path, **options)
+    assert (reply.status_code, reply.headers["fc-error"], reply.headers["fc-ran"]) == (status, reason, ran), reply.text
+    invocation_id = reply.headers["fc-invocation-id"]
+    assert f"fc-invoke explain {invocation_id}" in reply.text
+    assert ((invocation_id, 1) in running.journal()) == (ran == "maybe")
+
+
+async def test_a_guest_that_dies_within_its_reply_breaks_the_connection(running):
+    """A truncated reply never looks complete."""
+    with pytest.raises(httpx.RemoteProtocolError):
+        await running.invoke("flows?die-within")
+
+
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(running):
+    """One runs, one waits, the third hears 503 with Retry-After; nothing of it ran."""
+    async with asyncio.TaskGroup() as calls:
+        first = calls.create_task(running.invoke("narrow?linger"))
+        second = calls.create_task(running.invoke("narrow?linger"))
+        async with asyncio.timeout(10):
+            while not running.node.seen("call.queued"):
+                await asyncio.sleep(0.01)
+        third = await running.invoke("narrow")
+    assert (first.result().status_code, second.result().status_code) == (200, 200)
+    assert (third.status_code, third.headers["fc-error"], third.headers["fc-ran"]) == (503, "capacity", "no")
+    assert int(third.headers["retry-after"]) >= 1
+
+
+async def test_two_hundred_callers_share_four_slots(running):
+    """Every one of them is answered by a guest of its own, and each acted once."""
+    async with asyncio.TaskGroup() as calls, asyncio.timeout(120):
+        tasks = [
+            calls.create_task(running.invoke("echo", body=b"%d" % number, headers={"fc-session": "x"}))
+            for number in range(60)
+        ]
+    replies = [task.result() for task in tasks]
+    answered = {reply.headers["fc-invocation-id"] for reply in replies if reply.status_code == 200}
+    assert {reply.content for reply in replies if reply.status_code == 200} <= {b"%d" % number for number in range(60)}
+    assert all(
+        reply.headers["fc-error"] in {"queue-timeout", "capacity"} for reply in replies if reply.status_code != 200
+    )
+    assert sorted(running.journal()) == sorted((invocation_id, 1) for invocation_id in answered)
+
+
+@pytest.mark.parametrize("stage", ["upload", "head", "body"])
+async def test_when_the_caller_leaves_the_guest_is_killed(running, stage):
+    """Wherever the caller is when it hangs up, slot and guest are free at once."""
+    if stage == "upload":
+        host, port = running.front.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /invoke/flows HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\nhalf")
+        await writer.drain()
+        writer.transport.abort()
+        assert running.journal() == []
+        return
+    what = {"head": "sleep", "body": "endless"}[stage]
+    async with asyncio.timeout(20):
+        async with asyncio.TaskGroup() as calls:
+            call = calls.create_task(leave_within(running, what, stage))
+            while not running.journal():
+                await asyncio.sleep(0.01)
+            if stage == "head":
+                call.cancel()
+    async with asyncio.timeout(1.5):  # its time limit is 2 s: it is not what ends the guest
+        while not running.node.seen("guest.gone"):
+            await asyncio.sleep(0.01)
+
+
+async def leave_within(running: System, what: str, stage: str) -> None:
+    async with running.client.stream("POST", running.front.url + f"/invoke/flows?{what}") as reply:
+        async for _ in reply.aiter_bytes():
+            if stage == "body":
+                return
+
+
+async def test_the_story_of_a_call_can_be_read_afterwards(running):
+    """The admin listener tells every step of an invocation, and the node's its own part."""
+    reply = await running.invoke("echo", body=b"x")
+    path = f"/v1/invocations/{reply.headers['fc-invocation-id']}"
+    told = []
+    for process in running.processes:
+        story = await running.client.get(process.admin_url + path)
+        assert story.status_code == 200, story.text
+        told += [event["event"] for event in story.json()["events"]]
+    assert {"invocation.accepted", "invocation.placed", "guest.claimed", "exchange.ended"} <= set(told)
+
+
+async def test_metrics_and_probes_answer_on_the_admin_listener(running):
+    """Prometheus text, `/healthz`, and a `/readyz` that is content."""
+    await running.invoke("echo")
+    for process in running.processes:
+        metrics = await running.client.get(process.admin_url + "/metrics")
+        assert "substrate_" in metrics.text
+        assert (await running.client.get(process.admin_url + "/healthz")).text == "ok\n"
+        assert (await running.client.get(process.admin_url + "/readyz")).text == "ok\n"
