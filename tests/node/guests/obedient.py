@@ -61,7 +61,8 @@ def obey(target: str) -> bytes:
             while time.process_time() < deadline:
                 pass
         case "orphan":
-            subprocess.Popen(["sh", "-c", "setsid sleep 1000 & exit 0"], start_new_session=True).wait()
+            leave = "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\ntime.sleep(600)"
+            subprocess.run([sys.executable, "-I", "-S", "-c", leave, argument], check=True)
         case "flood":
             for _ in range(int(argument)):
                 sys.stdout.write("x" * 1023 + "\n")
@@ -143,7 +144,7 @@ def see(path: str) -> dict[str, object]:
         "write_home": attempt(lambda: (Path.home() / "planted").write_text(path)),
         "tmp": names("/tmp"),
         "unshare_user": subprocess.run(["unshare", "-U", "true"], capture_output=True, check=False).returncode,
-        "sudo": subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode,
+        "unshare_mount": subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode,
         "writable_mib": os.statvfs("/tmp").f_blocks * os.statvfs("/tmp").f_frsize / 2**20,
         "core": resource.getrlimit(resource.RLIMIT_CORE),
     }

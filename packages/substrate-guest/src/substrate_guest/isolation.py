@@ -130,6 +130,12 @@ class Measures:
         else:
             self.outcomes[name] = ""
 
+    def complete(self) -> None:
+        """Raise `NotIsolated` if a required measure was not even tried, because what it rests on is missing."""
+        for name in self._required or ():
+            if name not in self.outcomes:
+                raise NotIsolated(f"{name}\twhat it rests on is missing")
+
 
 def main() -> NoReturn:
     """Become a guest according to the plan on descriptor 0."""
@@ -144,6 +150,7 @@ def main() -> NoReturn:
         enter_namespaces(plan, measures, administers=administers)
         clone_and_leave()
         isolate(plan, measures, administers=administers)
+        measures.complete()
         report("isolated\t" + "\n".join(f"{name}\t{why}" for name, why in measures.outcomes.items()))
         if os.read(REPORT_FD, 16) == b"go":
             run(plan)

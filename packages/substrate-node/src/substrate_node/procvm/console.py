@@ -64,4 +64,4 @@ class Console:
 def shown(data: bytes) -> str:
     """Text from a guest that can neither move a cursor, nor forge a line of a log, nor hide what it says."""
     text = data.decode(errors="backslashreplace").strip("\r\n")
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
