@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import http
-import re
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping
-from functools import lru_cache
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Protocol
 
 from substrate_seam.errors import Reason
 from substrate_seam.events import DefectFound, Emit
 from substrate_service.bodies import BodyReader
 from substrate_service.heads import Head
+from substrate_service.replies import reply_head
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -22,13 +20,14 @@ App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awa
 ABORT = "substrate.abort"
 """The message, and the extension, by which an application cuts its connection at once."""
 
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-_BODILESS = frozenset({204, 304})
-
 
 class Connection(Protocol):
     """What an exchange asks of the connection it is on."""
+
+    @property
+    def congested(self) -> bool:
+        """Whether the peer reads more slowly than the application writes."""
+        ...
 
     async def writable(self) -> None:
         """Return once the peer reads fast enough, or is gone."""
@@ -81,8 +80,8 @@ class Exchange:
         self._scope = scope
         self._connection = connection
         self._emit = emit
-        self._news = asyncio.Event()
-        self._stay = True
+        self._news: asyncio.Event | None = None  # while the application waits for any
+        self._stays = True
         self._chunked = False
         self._length_left: int | None = None  # None when the reply has no body, whatever its fields say
 
@@ -91,12 +90,17 @@ class Exchange:
     def take(self, body: bytes) -> None:
         """Keep bytes of the request body until the application asks for them."""
         self.body += body
-        self._news.set()
+        self._tell()
 
     def leave(self) -> None:
         """The peer is gone, or has been answered by the listener itself."""
         self.gone = True
-        self._news.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._news is not None:
+            self._news.set()
+            self._news = None
 
     @property
     def awaits_body(self) -> bool:
@@ -143,8 +147,8 @@ class Exchange:
                 self.owes_continue = False
                 self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             while not self._deliverable():
-                self._news.clear()
                 self._connection.wants_body(self)
+                self._news = self._news or asyncio.Event()
                 await self._news.wait()
         if self.gone or self.replied:
             return {"type": "http.disconnect"}
@@ -162,7 +166,7 @@ class Exchange:
             self.leave()
             self._connection.abort()
             return
-        if not self.gone:
+        if self._connection.congested and not self.gone:
             await self._connection.writable()
         if self.gone:
             return
@@ -171,46 +175,23 @@ class Exchange:
         if not self.reply_started:
             if kind != "http.response.start":
                 raise RuntimeError(f"the reply must begin with http.response.start, not {kind}")
-            self._connection.write(self._reply_head(message["status"], message.get("headers", ())))
-            self.reply_started = True
-            self.owes_continue = False
+            self._begin_reply(message["status"], message.get("headers", ()))
             return
         if kind != "http.response.body":
             raise RuntimeError(f"the reply goes on with http.response.body, not {kind}")
         self._send_body(message.get("body", b""), more=message.get("more_body", False))
 
-    def _reply_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
-        """The head of the reply. Raises `ValueError` when it would not be one, with nothing sent."""
-        self._stay = self._connection.may_stay(self)
-        lines, length, chunked = [status_line(status)], None, False
-        for field, value in [*self._connection.default_headers(), *headers]:
-            name = _field_name(field)
-            if _NOT_IN_VALUE.search(value):
-                raise ValueError(f"the value of {name.decode()} holds a control character")
-            if name == b"content-length":
-                length = _length(value, length)
-                if status == 204:
-                    continue  # "no content" has no length to tell
-            elif name == b"transfer-encoding":
-                chunked = True  # we frame the body ourselves, and chunked is the only coding there is
-                continue
-            elif name == b"connection":
-                self._stay = self._stay and b"close" not in value.lower()
-                continue
-            lines.append(b"%s: %s\r\n" % (name, value))
-        if status in _BODILESS or self.head.method == "HEAD":
-            self._length_left = None
-        elif length is not None and not chunked:
-            self._length_left = length
-        elif length is not None:
-            raise ValueError("the reply has both Content-Length and Transfer-Encoding")
-        else:
-            self._chunked = True
-            lines.append(b"transfer-encoding: chunked\r\n")
-        if not self._stay:
-            lines.append(b"connection: close\r\n")
-        lines.append(b"\r\n")
-        return b"".join(lines)
+    def _begin_reply(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        head = reply_head(
+            status,
+            [*self._connection.default_headers(), *headers],
+            to_head_request=self.head.method == "HEAD",
+            may_stay=self._connection.may_stay(self),
+        )
+        self._length_left, self._chunked, self._stays = head.length, head.chunked, head.stays
+        self._connection.write(head.data)
+        self.reply_started = True
+        self.owes_continue = False
 
     def _send_body(self, body: bytes, *, more: bool) -> None:
         if self._chunked:
@@ -227,30 +208,5 @@ class Exchange:
             self._connection.write(data)
         if not more:
             self.replied = True
-            self._news.set()
-            self._connection.replied(self, stay=self._stay)
-
-
-@lru_cache(maxsize=600)
-def status_line(status: int) -> bytes:
-    """The first line of a reply; raises `ValueError` for what cannot be the final status of one."""
-    if not 200 <= status <= 599:
-        raise ValueError(f"{status} cannot be the status of a reply")
-    try:
-        phrase = http.HTTPStatus(status).phrase
-    except ValueError:
-        phrase = ""
-    return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
-
-
-@lru_cache(maxsize=1024)
-def _field_name(name: bytes) -> bytes:
-    if not _TOKEN.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a field")
-    return name.lower()
-
-
-def _length(value: bytes, before: int | None) -> int:
-    if not value.isdigit() or before is not None:
-        raise ValueError("Content-Length must be one decimal number")
-    return int(value)
+            self._tell()
+            self._connection.replied(self, stay=self._stays)

@@ -6,13 +6,14 @@ Nothing here does I/O. Bytes go in as they arrive; a `Head` comes out, or `HeadR
 from __future__ import annotations
 
 import re
+from typing import Final
 
 import httptools
 from msgspec import Struct
 
 _TARGET = re.compile(rb'/[!"$-~]*')
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+")
-_JUDGED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect", b"connection"})
+_SINGLE: Final = (b"host", b"content-length", b"transfer-encoding", b"expect")
 
 
 class HeadRefused(Exception):
@@ -39,20 +40,20 @@ class Head(Struct, frozen=True, kw_only=True):
 
 
 class HeadReader:
-    """Reads one request head of at most `bytes_max` bytes and `fields_max` fields."""
+    """Reads one request head of at most `bytes_max` bytes and `fields_max` fields; `began` once it has any byte."""
+
+    __slots__ = ("_ended", "_fields_max", "_headers", "_parser", "_past_blanks", "_room", "_tail", "_url", "began")
 
     def __init__(self, *, bytes_max: int, fields_max: int) -> None:
+        self.began = False
         self._room = bytes_max
-        self._bytes_max = bytes_max
         self._fields_max = fields_max
-        self._parser = httptools.HttpRequestParser(self)
-        self._tail = b""
+        self._past_blanks = False
+        self._tail = b""  # the last bytes, in which the empty line at the end may have begun
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._judged: dict[bytes, list[bytes]] = {}
-        self._past_blanks = False
         self._ended = False
-        self.began = False
+        self._parser = httptools.HttpRequestParser(self)
 
     def feed(self, data: bytes) -> tuple[Head | None, bytes]:
         """Take bytes of the head; return it once it is whole, and the bytes that follow it.
@@ -67,24 +68,19 @@ class HeadReader:
             if not data:
                 return None, b""
             self._past_blanks = True
-        end = self._end_in(data)
-        self._parse(data[: min(end or len(data), self._room)])
-        self._spend(end or len(data))
+        joined = self._tail + data
+        found = joined.find(b"\r\n\r\n")
+        end = found + 4 - len(self._tail) if found >= 0 else len(data)
+        self._parse(data[: min(end, self._room)])
+        self._spend(end)
         if len(self._headers) > self._fields_max:
             raise HeadRefused(431, f"the request head has more than {self._fields_max} fields")
         if self._ended:
-            return self._judge(), data[end:] if end else b""
-        if end:
+            return self._judge(), data[end:]
+        if found >= 0:
             raise HeadRefused(400, "the request head is malformed: an empty line where a field was due")
-        return None, b""
-
-    def _end_in(self, data: bytes) -> int:
-        """Where the head ends in `data`, or 0: the empty line may have begun in the bytes before."""
-        seen = len(self._tail)
-        joined = self._tail + data if seen else data
-        found = joined.find(b"\r\n\r\n")
         self._tail = joined[-3:]
-        return found + 4 - seen if found >= 0 else 0
+        return None, b""
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -97,7 +93,7 @@ class HeadReader:
     def _spend(self, count: int) -> None:
         self._room -= count
         if self._room < 0:
-            raise HeadRefused(431, f"the request head is larger than {self._bytes_max} bytes")
+            raise HeadRefused(431, "the request head is too large")
 
     def on_url(self, url: bytes) -> None:
         """Take a piece of the target (llhttp calls this)."""
@@ -105,44 +101,62 @@ class HeadReader:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take one field (llhttp calls this)."""
-        name, value = name.lower(), value.strip(b" \t")
-        self._headers.append((name, value))
-        if name in _JUDGED:
-            self._judged.setdefault(name, []).append(value)
+        self._headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """Note that the head is whole (llhttp calls this)."""
         self._ended = True
 
     def _judge(self) -> Head:
-        if (version := self._parser.get_http_version()) != "1.1":
+        parser = self._parser
+        del self._parser  # it refers back to this reader: no garbage is left for the collector
+        if (version := parser.get_http_version()) != "1.1":
             # A reply to HTTP/1.0 would end with its connection, and a truncated one would look complete.
             raise HeadRefused(505, f"HTTP/{version} is not served; speak HTTP/1.1 (nginx: proxy_http_version 1.1)")
-        if not _TARGET.fullmatch(self._url):
-            raise HeadRefused(400, "the request target must begin with / and hold no fragment")
-        hosts = self._judged.get(b"host", [])
-        if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
-            raise HeadRefused(400, "exactly one valid Host field is required")
-        expects = self._judged.get(b"expect", [])
-        if expects and (len(expects) > 1 or expects[0].lower() != b"100-continue"):
-            raise HeadRefused(417, "the only expectation that can be met is 100-continue")
-        length = self._content_length()
-        connection = b",".join(self._judged.get(b"connection", ()))
-        return Head(
-            method=self._parser.get_method().decode("ascii"),
-            target=self._url,
-            headers=self._headers,
-            content_length=length,
-            expects_continue=bool(expects) and length != 0,
-            keep_alive=b"close" not in (connection.lower().replace(b" ", b"").split(b",") if connection else ()),
-        )
+        return judge(parser.get_method().decode("ascii"), self._url, self._headers)
 
-    def _content_length(self) -> int | None:
-        codings, lengths = self._judged.get(b"transfer-encoding"), self._judged.get(b"content-length", [])
-        if codings:
-            if lengths or len(codings) > 1 or codings[0].lower() != b"chunked":
-                raise HeadRefused(501, "the only transfer coding that is served is one chunked, without Content-Length")
-            return None
-        if len(lengths) > 1 or (lengths and not lengths[0].isdigit()):
-            raise HeadRefused(400, "Content-Length must be one decimal number")
-        return int(lengths[0]) if lengths else 0
+
+def judge(method: str, target: bytes, headers: list[tuple[bytes, bytes]]) -> Head:
+    """The head, if it makes sense as HTTP/1.1. Raises `HeadRefused`."""
+    if not _TARGET.fullmatch(target):
+        raise HeadRefused(400, "the request target must begin with / and hold no fragment")
+    fields = dict(headers)
+    if len(fields) < len(headers):
+        _refuse_duplicates([name for name, _ in headers])
+    if not _HOST.fullmatch(fields.get(b"host", b"")):
+        raise HeadRefused(400, "exactly one valid Host field is required")
+    expect = fields.get(b"expect")
+    if expect is not None and expect.lower() != b"100-continue":
+        raise HeadRefused(417, "the only expectation that can be met is 100-continue")
+    length = _content_length(fields.get(b"content-length"), fields.get(b"transfer-encoding"))
+    return Head(
+        method=method,
+        target=target,
+        headers=headers,
+        content_length=length,
+        expects_continue=expect is not None and length != 0,
+        keep_alive=b"connection" not in fields or not _asks_to_close(headers),
+    )
+
+
+def _refuse_duplicates(names: list[bytes]) -> None:
+    for name in _SINGLE:
+        if names.count(name) > 1:
+            raise HeadRefused(400, f"there is more than one field {name.decode()}")
+
+
+def _content_length(length: bytes | None, coding: bytes | None) -> int | None:
+    if coding is not None:
+        if length is not None or coding.lower() != b"chunked":
+            raise HeadRefused(501, "the only transfer coding that is served is chunked, without Content-Length")
+        return None
+    if length is None:
+        return 0
+    if not length.isdigit():
+        raise HeadRefused(400, "Content-Length must be a decimal number")
+    return int(length)
+
+
+def _asks_to_close(headers: list[tuple[bytes, bytes]]) -> bool:
+    tokens = b",".join(value for name, value in headers if name == b"connection").lower().split(b",")
+    return b"close" in (token.strip() for token in tokens)

@@ -23,8 +23,9 @@ from uvicorn.server import ServerState
 from substrate_seam.errors import Reason
 from substrate_seam.events import Emit
 from substrate_service.bodies import BodyReader, BodyRefused, ChunkedBody, SizedBody
-from substrate_service.exchange import ABORT, App, Exchange, status_line
+from substrate_service.exchange import ABORT, App, Exchange
 from substrate_service.heads import Head, HeadReader, HeadRefused
+from substrate_service.replies import reply_head
 
 Headers = list[tuple[bytes, bytes]]
 Refusal = Callable[[int, str, str], tuple[Headers, bytes]]
@@ -34,7 +35,6 @@ adds Content-Length and `Connection: close`."""
 PEERCERT: Final = "substrate.peercert"
 """The extension that names a client whose certificate was verified: `{"names": [...]}`, common name and DNS names."""
 
-_CLOSE: Final = (b"connection", b"close")
 _BUFFERED_MAX: Final = 65536
 """Bytes of a request body, or of requests sent ahead, that are held before reading stops."""
 
@@ -127,7 +127,9 @@ class StrictProtocol(asyncio.Protocol):
         self._ahead = b""  # sent before the reply to the request before
         self._ending = False
         self._stopping = False
-        self._deadline: asyncio.TimerHandle | None = None
+        self._late: Callable[[], object] | None = None  # what to do at the deadline, if there is one
+        self._late_at_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._flush_check: asyncio.TimerHandle | None = None
         self._written = 0
         self._flushed = 0
@@ -159,9 +161,10 @@ class StrictProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the application, if one is at work, and stop every timer."""
         self._ending = True
-        self._set_deadline(None)
-        if self._flush_check is not None:
-            self._flush_check.cancel()
+        self._late = None
+        for timer in (self._timer, self._flush_check):
+            if timer is not None:
+                timer.cancel()
         if self._exchange is not None:
             self._exchange.leave()
         self._may_write.set()
@@ -224,7 +227,7 @@ class StrictProtocol(asyncio.Protocol):
         return rest
 
     def _begin(self, head: Head) -> None:
-        self._set_deadline(None)
+        self._late = None
         self._head = None
         body = ChunkedBody() if head.content_length is None else SizedBody(head.content_length)
         raw_path, _, query = head.target.partition(b"?")
@@ -246,7 +249,7 @@ class StrictProtocol(asyncio.Protocol):
         task.add_done_callback(self._state.tasks.discard)
 
     def _read_body(self, exchange: Exchange, data: bytes) -> bytes:
-        self._set_deadline(None)
+        self._late = None
         try:
             body, rest = exchange.reader.take(data)
         except BodyRefused as refused:
@@ -281,13 +284,27 @@ class StrictProtocol(asyncio.Protocol):
         message = f"nothing of the request body arrived for {self._limits.body_stall_s:g} s"
         self._fail(exchange, 408, Reason.BODY_TIMEOUT, message)
 
-    def _set_deadline(self, delay_s: float | None, late: Callable[..., object] | None = None, *args: object) -> None:
-        """Call `late` in `delay_s` seconds; there is only one deadline at a time."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        if delay_s is not None and late is not None:
-            self._deadline = self._loop.call_later(delay_s, late, *args)
+    def _set_deadline(self, delay_s: float, late: Callable[[], object]) -> None:
+        """Call `late` in `delay_s` seconds, instead of what was to be called before.
+
+        A timer that runs out earlier is kept and set anew then: most deadlines are met, and timers cost more than them.
+        """
+        self._late, self._late_at_s = late, self._loop.time() + delay_s
+        if self._timer is not None and self._timer.when() > self._late_at_s:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._late_at_s, self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        self._timer = None
+        if self._late is None:
+            return
+        if self._loop.time() < self._late_at_s:
+            self._timer = self._loop.call_at(self._late_at_s, self._time_is_up)
+            return
+        late, self._late = self._late, None
+        late()
 
     def _watch_flush(self) -> None:
         """See to it that a peer which reads nothing of what is still unsent is cut off."""
@@ -315,6 +332,11 @@ class StrictProtocol(asyncio.Protocol):
 
     # What an exchange asks of its connection.
 
+    @property
+    def congested(self) -> bool:
+        """Whether the peer reads more slowly than the application writes."""
+        return not self._may_write.is_set()
+
     async def writable(self) -> None:
         """Return once the peer reads fast enough, or is gone."""
         await self._may_write.wait()
@@ -333,8 +355,8 @@ class StrictProtocol(asyncio.Protocol):
         if not exchange.awaits_body:
             return  # what is sent ahead of its time stays bounded, and a hang-up is seen without reading on
         self._resume_reading()
-        if not exchange.reply_started and self._deadline is None:
-            self._set_deadline(self._limits.body_stall_s, self._body_is_late, exchange)
+        if not exchange.reply_started and self._late is None:
+            self._set_deadline(self._limits.body_stall_s, functools.partial(self._body_is_late, exchange))
 
     def may_stay(self, exchange: Exchange) -> bool:
         """Whether another request may follow this reply."""
@@ -350,7 +372,7 @@ class StrictProtocol(asyncio.Protocol):
         """The reply is complete: go on to the next request, or end the connection."""
         self._exchange = None
         self._state.total_requests += 1
-        self._set_deadline(None)
+        self._late = None
         if self._ending:
             return
         self._resume_reading()
@@ -369,9 +391,9 @@ class StrictProtocol(asyncio.Protocol):
     def refusal(self, status: int, reason: Reason, message: str, *, bodiless: bool = False) -> bytes:
         """A whole reply that says what is wrong, after which the connection closes; only its head if `bodiless`."""
         headers, body = self._config.refusal(status, reason, message)
-        fields = [*self._state.default_headers, *headers, (b"content-length", b"%d" % len(body)), _CLOSE]
-        lines = [status_line(status), *(b"%s: %s\r\n" % field for field in fields), b"\r\n"]
-        return b"".join(lines if bodiless else [*lines, body])
+        fields = [*self._state.default_headers, *headers, (b"content-length", b"%d" % len(body))]
+        head = reply_head(status, fields, to_head_request=bodiless, may_stay=False)
+        return head.data if bodiless else head.data + body
 
     # Ends.
 
@@ -406,7 +428,7 @@ class StrictProtocol(asyncio.Protocol):
     def _close(self) -> None:
         """Close once everything is sent; a peer that does not read it is cut off."""
         self._ending = True
-        self._set_deadline(None)
+        self._late = None
         self._transport.close()
         self._watch_flush()
 
