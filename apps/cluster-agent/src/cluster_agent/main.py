@@ -13,6 +13,7 @@ from cluster_agent.wiring import daemon
 from substrate_cluster.auth import TokensRefused
 from substrate_cluster.catalog import TableInvalid
 from substrate_cluster.plane import CannotServe
+from substrate_seam.tls import CertificateUnusable
 from substrate_service.address import ListenFailed
 from substrate_service.daemon import exit_status, run_daemon
 from substrate_service.observing import Observed, observed
@@ -20,7 +21,7 @@ from substrate_service.serving import run
 from substrate_service.settings import SettingsInvalid
 from substrate_service.signals import Stopping, stop_on_signals
 
-MISTAKES = (SettingsInvalid, TableInvalid, TokensRefused, CannotServe, ListenFailed, OSError)
+MISTAKES = (SettingsInvalid, TableInvalid, TokensRefused, CannotServe, CertificateUnusable, ListenFailed)
 """What an operator can get wrong; the words of each say what to do."""
 
 
