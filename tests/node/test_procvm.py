@@ -21,7 +21,7 @@ from node.procvm_rig import GUESTS, ProcessRig, children, process_rig, workload
 from node.vmm_contract import NOBODY, PROMISES, Greeter, Promise, ask
 from substrate_guest import isolation
 from substrate_node.procvm import IsolationReport, Measure, ProcessVmm
-from substrate_node.procvm.console import KEPT_BYTES
+from substrate_node.processes.console import KEPT_BYTES
 from substrate_node.procvm.dials import OPEN_MAX
 from substrate_node.procvm.guest import ProcessGuest
 from substrate_node.vmm import VmmError

@@ -44,6 +44,13 @@ class Sample(Struct, frozen=True):
     peak_mib: float | None
 
 
+class Orphan(Struct, frozen=True):
+    """What an earlier daemon left and is gone now; `pid` is set if its process still ran."""
+
+    guest_id: str
+    pid: int | None
+
+
 class Guest(Protocol):
     """A running guest. Whoever holds it owns it, and hands it to `Vmm.discard` in the end."""
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from substrate_node.procvm.console import Console
+from substrate_node.processes.console import Console
 from substrate_node.procvm.dials import Dials
-from substrate_node.procvm.family import Family, in_words, readable
+from substrate_node.processes.family import Family, in_words, readable
 from substrate_node.procvm.record import RunDirectory
-from substrate_node.procvm.usage import sampled
+from substrate_node.processes.usage import sampled
 from substrate_node.vmm import Exit, Inbound, P, Sample, VmmError
 
 _REPORT_BYTES_MAX = 65_536

@@ -7,16 +7,16 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from substrate_node.procvm.family import readable
+from substrate_node.processes.addresses import addressable
+from substrate_node.processes.family import readable
+from substrate_node.vmm import Orphan
 
-SOCKET_PATH_BYTES_MAX = 96
 BACKLOG = 128
 _DIES_WITHIN_S = 5.0
 
@@ -27,13 +27,6 @@ class Record(Struct, frozen=True):
     pid: int
     start_ticks: int
     run: str
-
-
-class Orphan(Struct, frozen=True):
-    """What an earlier daemon left and is gone now; `pid` is set if its process still ran."""
-
-    guest_id: str
-    pid: int | None
 
 
 class RunDirectory:
@@ -57,18 +50,9 @@ class RunDirectory:
             raise
         return listener
 
-    @contextmanager
-    def address(self) -> Iterator[str]:
+    def address(self) -> AbstractContextManager[str]:
         """An address of `v.sock` that fits into a socket address, good within the block."""
-        path = str(self.path / "v.sock")
-        if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX:
-            yield path
-            return
-        directory = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield f"/proc/self/fd/{directory}/v.sock"
-        finally:
-            os.close(directory)
+        return addressable(self.path / "v.sock")
 
     def record(self, pid: int) -> None:
         """Note which process the guest is. Raises `OSError` if there is no such process."""

@@ -14,8 +14,8 @@ from substrate_node.procvm import record
 from substrate_node.procvm.guest import ProcessGuest
 from substrate_node.procvm.interpreter import Interpreters
 from substrate_node.procvm.probe import IsolationReport, reported
-from substrate_node.procvm.record import Orphan, RunDirectory
-from substrate_node.vmm import Base, Guest, Inbound, Vmm, VmmError
+from substrate_node.procvm.record import RunDirectory
+from substrate_node.vmm import Base, Guest, Inbound, Orphan, Vmm, VmmError
 from substrate_seam.invocation import Isolation
 from substrate_seam.workload import Workload
 
@@ -197,17 +197,15 @@ class ProcessVmm:
     ) -> dict[str, object]:
         if not _ID.fullmatch(guest_id):
             raise VmmError(f"boot: {guest_id!r} can't name a guest; accepted are 63 letters, digits, '.', '_', '-'")
-        home = "/home/guest" if report is None or "private-files" in report.applied else "/tmp"  # noqa: S108
         base = {
             "PATH": f"{Path(python).parent}:/usr/local/bin:/usr/bin:/bin",
-            "HOME": home,
             "TMPDIR": "/tmp",  # noqa: S108  # the guest's own
             "LANG": "C.UTF-8",
         }
         return {
             "argv": argv,
             "env": {**base, **env},
-            "cwd": cwd or home,
+            "cwd": cwd,
             "hostname": guest_id,
             "measures": None if report is None else sorted(report.applied),
             "user": _outer_user(guest_id),

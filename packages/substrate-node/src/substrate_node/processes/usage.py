@@ -26,6 +26,26 @@ def sampled(first: int) -> Sample:
     return Sample(cpu_ms=cpu_ticks * _MS_PER_TICK, peak_mib=peak_kib / 1024 if peak_kib else None)
 
 
+def sampled_alone(pid: int) -> Sample:
+    """CPU time and peak memory of a guest that is one process (children that it has reaped count for the time)."""
+    try:
+        return Sample(cpu_ms=_cpu_ticks(pid) * _MS_PER_TICK, peak_mib=_peak_kib(pid) / 1024 or None)
+    except (OSError, ValueError, IndexError):  # it ended while we looked
+        return Sample(cpu_ms=None, peak_mib=None)
+
+
+def share_mib(pid: int) -> float | None:
+    """What a process costs in memory now: its own pages, and its share of those it shares (PSS).
+
+    The kernel walks all of its page tables for this: 1 ms and more for a large process.
+    """
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_bytes()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in rollup.splitlines() if line.startswith(b"Pss:")), None)
+
+
 def _descendants(pid: int) -> list[int]:
     found = []
     for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_bytes().split()):

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from typing import Any
 
 _RETRY_S = 0.002
 
@@ -22,9 +23,10 @@ class Family:
     Start it on the loop's thread: the kernel counts the end of that thread as the end of the daemon.
     """
 
-    def __init__(self, argv: tuple[str, ...], descriptors: Sequence[int]) -> None:
+    def __init__(self, argv: tuple[str, ...], descriptors: Sequence[int], *, own_session: bool = True) -> None:
         """Start `argv` with an empty environment and `descriptors` as its first ones, from 0.
 
+        Without a session of its own, it has only the group.
         Raises `OSError`. No thread is used; the call blocks until the new process has its program (about 1 ms).
         """
         self._loop = asyncio.get_running_loop()
@@ -32,7 +34,7 @@ class Family:
         self.gone: asyncio.Future[None] = self._loop.create_future()
         self._pidfds: dict[int, int] = {}  # of those alive, by pid
         self._dead: set[int] = set()
-        self.pid = _spawned(argv, descriptors)
+        self.pid = _spawned(argv, descriptors, own_session=own_session)
         self._watch(self.pid)
 
     def expect(self, twin: int) -> None:
@@ -92,7 +94,7 @@ async def readable(descriptor: int | socket.socket) -> None:
         loop.remove_reader(descriptor)
 
 
-def _spawned(argv: tuple[str, ...], descriptors: Sequence[int]) -> int:
+def _spawned(argv: tuple[str, ...], descriptors: Sequence[int], *, own_session: bool) -> int:
     with ExitStack() as lifted:
         actions = []
         for number, fd in enumerate(descriptors):  # lifted first, so that none is overwritten by one before it
@@ -100,7 +102,8 @@ def _spawned(argv: tuple[str, ...], descriptors: Sequence[int]) -> int:
             lifted.callback(os.close, high)
             actions.append((os.POSIX_SPAWN_DUP2, high, number))
         defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores, and a program inherits that
-        return os.posix_spawn(argv[0], argv, {}, file_actions=actions, setsid=True, setsigmask=(), setsigdef=defaults)
+        apart: dict[str, Any] = {"setsid": True} if own_session else {"setpgroup": 0}
+        return os.posix_spawn(argv[0], argv, {}, file_actions=actions, setsigmask=(), setsigdef=defaults, **apart)
 
 
 def in_words(status: int) -> str:

@@ -1,0 +1,1 @@
+"""The processes behind guests, as a monitor handles them: started, heard, sampled, reaped."""
