@@ -6,6 +6,7 @@ The CONNECT line and the request leave in one write; whatever follows the `OK` l
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
 from typing import cast
@@ -14,8 +15,11 @@ from substrate_seam.errors import GuestFailed, GuestTimeout, SubstrateError
 from substrate_seam.http1 import BadReply, ReplyReader
 from substrate_seam.invocation import Headers
 
+_GREETING = re.compile(rb"OK [0-9]{1,10}\r?")
 _GREETING_BYTES_MAX = 32
 _BUFFERED_BYTES_MAX = 262_144
+_PIECE_BYTES = 128
+"""What a piece of the body costs beside its bytes: a guest that dribbles must not fill the memory either."""
 _ONE_WRITE_BYTES_MAX = 65_536
 
 
@@ -34,8 +38,9 @@ def request_head(method: str, target: str, headers: Headers, body_bytes: int) ->
 class Exchange(asyncio.Protocol):
     """One request and its reply on one connection to a guest.
 
-    `written` turns true when the first byte of the request may have left: from then on the guest may have acted.
-    Iterating it gives the pieces of the body; it ends without an error only when the reply is whole.
+    `written` turns true when the first byte of the request may have left: from then on the guest may have acted. An
+    exchange that has failed or was closed before that never writes. Iterating it gives the pieces of the body; it ends
+    without an error only when the reply is whole.
     """
 
     def __init__(
@@ -59,7 +64,8 @@ class Exchange(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self.on_expiry: Callable[[], None] | None = None
+        self._run_within_s: float | None = None
+        self._on_expiry: Callable[[], None] = lambda: None
         self.error: SubstrateError | None = None
         self.written = False
         self.started_s = 0.0
@@ -106,12 +112,11 @@ class Exchange(asyncio.Protocol):
             await self._wait()
 
     def bound(self, run_within_s: float, *, on_expiry: Callable[[], None]) -> None:
-        """Let the exchange take at most this long; `on_expiry` then ends the guest.
+        """Let the exchange take at most this long from its first byte on; `on_expiry` then ends the guest.
 
         It does so even if the reply is whole by then and only its reader is slow: no client's pace owns a guest.
         """
-        self.on_expiry = on_expiry
-        self._timer = self._loop.call_later(run_within_s, self._expire, run_within_s)
+        self._run_within_s, self._on_expiry = run_within_s, on_expiry
 
     def fail(self, error: SubstrateError) -> None:
         """End the exchange with `error`, unless its reply is whole already."""
@@ -120,12 +125,10 @@ class Exchange(asyncio.Protocol):
             self._end()
 
     def close(self) -> None:
-        """Drop the connection; nothing of it is left on the loop. A reply that is not whole yet never will be."""
-        self.fail(GuestFailed("it was given up before its reply was whole"))
+        """Drop the connection, or never make use of it; nothing is left on the loop. A whole reply stays readable."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._transport is not None:
-            self._transport.abort()
+        self.fail(GuestFailed("it was given up before its reply was whole"))
 
     # What the loop calls.
 
@@ -137,6 +140,8 @@ class Exchange(asyncio.Protocol):
             return
         self.written = True
         self.started_s = self._clock()
+        if self._run_within_s is not None:
+            self._timer = self._loop.call_later(self._run_within_s, self._expire, self._run_within_s)
         head, body = self._request
         self._request = []
         if len(body) <= _ONE_WRITE_BYTES_MAX:
@@ -155,14 +160,14 @@ class Exchange(asyncio.Protocol):
                 return
             data = rest
         try:
-            pieces = self._reader.feed(data)
+            piece = b"".join(self._reader.feed(data))
         except BadReply as wrong:
             self.fail(GuestFailed(f"the guest's reply is not HTTP as accepted here: {wrong}"))
             return
-        for piece in pieces:
-            self._buffered += len(piece)
+        if piece:
+            self._pieces.append(piece)
+            self._buffered += len(piece) + _PIECE_BYTES
             self.body_bytes += len(piece)
-        self._pieces.extend(pieces)
         if self._reader.complete:
             self._end()
             return
@@ -188,16 +193,16 @@ class Exchange(asyncio.Protocol):
         assert greeting is not None
         greeting += data
         line, newline, rest = greeting.partition(b"\n")
-        if newline and line.startswith(b"OK "):
+        if newline and _GREETING.fullmatch(line):
             self._greeting = None
             return bytes(rest)
-        if newline or len(greeting) > _GREETING_BYTES_MAX:
+        if newline or len(line) > _GREETING_BYTES_MAX:
             self.fail(GuestFailed(f"the guest answered CONNECT {self._port} with {bytes(line[:32])!r}, not with OK"))
         return None
 
     def _take(self) -> bytes:
         piece = self._pieces.popleft()
-        self._buffered -= len(piece)
+        self._buffered -= len(piece) + _PIECE_BYTES
         if self._paused and self._buffered <= _BUFFERED_BYTES_MAX // 2 and self._transport is not None:
             self._paused = False
             if not self._transport.is_closing():
@@ -211,8 +216,7 @@ class Exchange(asyncio.Protocol):
                 hint="Raise `requestTimeout` of the workload if it needs longer.",
             )
         )
-        if self.on_expiry is not None:
-            self.on_expiry()
+        self._on_expiry()
 
     def _end(self) -> None:
         """No byte is awaited any more."""
