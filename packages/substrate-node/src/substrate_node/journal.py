@@ -31,10 +31,13 @@ class JournalLine(asyncio.Protocol):
         """Keep the entry and acknowledge it; close on anything else, so that the guest does not act."""
         assert self._transport is not None
         self._line += data
-        if b"\n" not in self._line and len(self._line) <= _LINE_BYTES_MAX:
+        line, end, behind = self._line.partition(b"\n")
+        if not end and len(line) <= _LINE_BYTES_MAX:
             return
         try:
-            invocation_id, attempt = self._line.decode("ascii").split()
+            if behind or len(line) > _LINE_BYTES_MAX:
+                raise ValueError("more than one line")
+            invocation_id, attempt = line.decode("ascii").split()
             self._record(invocation_id, int(attempt))
         except (ValueError, OSError):
             self._transport.abort()
