@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
-from substrate_node.ledger import Ledger
-from substrate_node.ready import IdentityMint, NotReady, wait_primed
+from substrate_node.ledger import Lease, Ledger
+from substrate_node.ready import Contact, IdentityMint, NotReady
 from substrate_node.reaper import Reaper
 from substrate_node.vmm import Base, Vmm, VmmError
 from substrate_seam.events import BaseAdopted, BaseBuilt, BaseCondemned, BaseFailed, Emit
@@ -54,7 +55,9 @@ class Bases:
         self._changed = changed
         self._shelves: dict[str, _Shelf] = {}
         self._holds: dict[str, int] = {}
-        self._retired: dict[str, tuple[Vmm, Base]] = {}
+        self._retired: dict[str, tuple[Vmm, Base]] = {}  # by id, until the last holder lets go
+        self._leaving: set[str] = set()  # ids of the retired and of those being discarded: nobody adopts one
+        self._stopped = False
 
     def current(self, key: str) -> Base | None:
         """The base that restores should use now, if there is one."""
@@ -113,18 +116,18 @@ class Bases:
 
     def stop(self) -> None:
         """Build no more. The bases stay, for the next daemon to adopt."""
+        self._stopped = True
         for shelf in self._shelves.values():
             if shelf.builder is not None:
                 shelf.builder.cancel()
-        self._shelves = {key: shelf for key, shelf in self._shelves.items() if shelf.base is not None}
 
     def _start_builder(self, key: str, shelf: _Shelf) -> None:
         needed = shelf.base is None or shelf.condemned
-        if needed and shelf.builder is None:
+        if needed and shelf.builder is None and not self._stopped:
             shelf.builder = self._reaper.spawn(self._keep_building(key, shelf), what=f"build a base of {key[:12]}")
 
     async def _keep_building(self, key: str, shelf: _Shelf) -> None:
-        """Try until there is a base, ever more patiently."""
+        """Try until there is a base, ever more patiently. Only `drop` and `stop` cancel it."""
         try:
             base = None if shelf.condemned else await self._adopt(shelf)
             while base is None:
@@ -132,18 +135,16 @@ class Bases:
                 if base is None:
                     await asyncio.sleep(shelf.backoff_s)
                     shelf.backoff_s = min(shelf.backoff_s * 2, _BACKOFF_S_MAX)
-            if self._shelves.get(key) is not shelf:  # dropped while the last step was on its way
-                self._retire(shelf.vmm, base)
-                return
-            old, shelf.base = shelf.base, base
-            shelf.failures, shelf.condemned, shelf.backoff_s = 0, False, _BACKOFF_S_MIN
-            if old is not None:
-                self._retire(shelf.vmm, old)
-            self._changed(key)
-        except asyncio.CancelledError:
-            return  # only drop and stop cancel a builder
         finally:
             shelf.builder = None
+        if self._shelves.get(key) is not shelf:  # dropped, and the cancellation did not come through
+            self._retire(shelf.vmm, base)
+            return
+        old, shelf.base = shelf.base, base
+        shelf.failures, shelf.condemned, shelf.backoff_s = 0, False, _BACKOFF_S_MIN
+        if old is not None:
+            self._retire(shelf.vmm, old)
+        self._changed(key)
 
     async def _adopt(self, shelf: _Shelf) -> Base | None:
         try:
@@ -151,12 +152,16 @@ class Bases:
         except VmmError as error:
             self._emit(BaseFailed(workload=shelf.workload.name, message=str(error), retry_in_s=0.0))
             return None
-        if base is not None:
-            self._emit(BaseAdopted(workload=shelf.workload.name, base=base.base_id))
+        if base is None or base.base_id in self._leaving:
+            return None
+        self._emit(BaseAdopted(workload=shelf.workload.name, base=base.base_id))
         return base
 
     async def _build(self, key: str, shelf: _Shelf) -> Base | None:
-        """Boot a guest, wait until it is warm, capture it. Its memory is on the ledger meanwhile."""
+        """Boot a guest, wait until it is warm, capture it. Its memory is on the ledger until it is gone.
+
+        Nothing is awaited once the base is there, so that no cancellation can come between it and its shelf.
+        """
         loop, workload = asyncio.get_running_loop(), shelf.workload
         lease = self._ledger.reserve(workload.spec.memory_mib)
         if lease is None:
@@ -165,36 +170,43 @@ class Bases:
         began_s, guest_id = loop.time(), self._mint.guest_id()
         named = Base(base_id="base-" + guest_id.removeprefix("inv-"), input_key=key)
         base: Base | None = None
+        contact: Contact | None = None
         try:
             async with asyncio.timeout(self._build_within_s):
                 guest = await shelf.vmm.boot(workload, guest_id, {})
-                await wait_primed(guest, workload)
+                contact = Contact(guest)
+                await contact.wait_primed(workload)
                 base = await shelf.vmm.capture(workload, guest, named.base_id)
-        except (VmmError, NotReady, TimeoutError) as error:
-            self._told_failure(shelf, str(error) or f"not ready within {self._build_within_s:.0f} s")
+        except (VmmError, NotReady, OSError) as error:
+            why = str(error) or f"it was not ready within {self._build_within_s:.0f} s"
+            self._told_failure(shelf, why + (contact.words if contact else ""))
             return None
         finally:
-            undo = _undo(shelf.vmm, guest_id, named if base is None else None, lease.release)
-            await self._reaper.finish(undo, what=f"discard {guest_id}")
+            undo = self._undo(shelf.vmm, guest_id, lease, named if base is None else None)
+            self._reaper.spawn(undo, what=f"discard {guest_id}")
         self._emit(BaseBuilt(workload=workload.name, base=base.base_id, build_ms=(loop.time() - began_s) * 1e3))
         return base
+
+    async def _undo(self, vmm: Vmm, guest_id: str, lease: Lease, half_made: Base | None) -> None:
+        """Leave nothing of a build but its base, and not even that when a cancellation hid its success from us."""
+        await self._reaper.insist(partial(vmm.discard, guest_id), what=f"discard {guest_id}")
+        lease.release()
+        if half_made is not None:
+            await self._discarded(vmm, half_made)
 
     def _told_failure(self, shelf: _Shelf, message: str) -> None:
         self._emit(BaseFailed(workload=shelf.workload.name, message=message, retry_in_s=shelf.backoff_s))
 
     def _retire(self, vmm: Vmm, base: Base) -> None:
+        self._leaving.add(base.base_id)
         if self._holds.get(base.base_id):
             self._retired[base.base_id] = (vmm, base)
         else:
             self._discard(vmm, base)
 
     def _discard(self, vmm: Vmm, base: Base) -> None:
-        self._reaper.spawn(vmm.discard_base(base), what=f"discard {base.base_id}")
+        self._reaper.spawn(self._discarded(vmm, base), what=f"discard {base.base_id}")
 
-
-async def _undo(vmm: Vmm, guest_id: str, half_made: Base | None, release: Callable[[], None]) -> None:
-    """Leave nothing of a build but its base, and not even that when a cancellation hid its success from us."""
-    await vmm.discard(guest_id)
-    release()
-    if half_made is not None:
-        await vmm.discard_base(half_made)
+    async def _discarded(self, vmm: Vmm, base: Base) -> None:
+        await self._reaper.insist(partial(vmm.discard_base, base), what=f"discard {base.base_id}")
+        self._leaving.discard(base.base_id)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from substrate_seam.errors import DuplicateInvocation, GuestFailed, InvocationCancelled, Ran, SubstrateError
 
 KEPT_S = 900.0
-"""So long a finished or fenced id is remembered, in seconds."""
+"""So long an ended or fenced id is remembered, in seconds."""
 _BUCKETS = 15
+_BUCKET_S = KEPT_S / _BUCKETS
 
 _FENCED, _RAN = 1, 2  # bits of a record; attempt n is bit n + 1
 
@@ -21,13 +22,12 @@ Interrupt = Callable[[SubstrateError, SubstrateError], Ran]
 class Call:
     """One delivery of an invocation, live until `Calls.end`."""
 
-    __slots__ = ("attempt", "id", "interrupt", "ran")
+    __slots__ = ("attempt", "id", "interrupt")
 
     def __init__(self, invocation_id: str, attempt: int, interrupt: Interrupt) -> None:
         self.id = invocation_id
         self.attempt = attempt
         self.interrupt = interrupt
-        self.ran = Ran.NO
 
 
 class Calls:
@@ -36,10 +36,10 @@ class Calls:
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._live: dict[str, Call] = {}
-        self._idlers: set[asyncio.Future[None]] = set()
+        self._idlers: dict[asyncio.Future[None], None] = {}
         # Records in buckets of one minute, so that forgetting costs nothing per call.
-        self._buckets: deque[dict[bytes, int]] = deque([{}], maxlen=_BUCKETS + 1)
-        self._bucket_ends_s = clock() + KEPT_S / _BUCKETS
+        self._buckets: deque[dict[str, int]] = deque([{}], maxlen=_BUCKETS + 1)
+        self._bucket_ends_s = clock() + _BUCKET_S
 
     @property
     def live(self) -> tuple[Call, ...]:
@@ -47,36 +47,39 @@ class Calls:
         return tuple(self._live.values())
 
     def admit(self, invocation_id: str, attempt: int, interrupt: Interrupt) -> Call:
-        """Open a call. Raises `InvocationCancelled` if its id is fenced, `DuplicateInvocation` if it came before."""
+        """Open a call.
+
+        Raises `InvocationCancelled` if its id is fenced, `DuplicateInvocation` if this attempt came before, or any
+        attempt that lives or may have run.
+        """
         record = self._record(invocation_id)
         if record & _FENCED:
             raise InvocationCancelled(f"invocation {invocation_id} was cancelled before it arrived here")
-        if record >> (attempt + 1) & 1 or invocation_id in self._live:
-            raise DuplicateInvocation(f"attempt {attempt} of invocation {invocation_id} has been delivered here before")
-        self._note(invocation_id, 1 << (attempt + 1))
+        if invocation_id in self._live or record & (_RAN | 1 << (attempt + 1)):
+            raise DuplicateInvocation(f"invocation {invocation_id}, now attempt {attempt}, was delivered here before")
         call = self._live[invocation_id] = Call(invocation_id, attempt, interrupt)
         return call
 
-    def end(self, call: Call) -> None:
+    def end(self, call: Call, ran: Ran) -> None:
         """Close a call; it is remembered. Ending twice is ending once."""
-        if self._live.get(call.id) is call:
-            del self._live[call.id]
-            if call.ran is not Ran.NO:
-                self._note(call.id, _RAN)
-            if not self._live:
-                for idler in self._idlers:
-                    if not idler.done():
-                        idler.set_result(None)
+        if self._live.get(call.id) is not call:
+            return
+        del self._live[call.id]
+        self._note(call.id, 1 << (call.attempt + 1) | (_RAN if ran is not Ran.NO else 0))
+        if not self._live:
+            for idler in self._idlers:
+                if not idler.done():
+                    idler.set_result(None)
 
     async def idle(self) -> None:
         """Wait until no call is live."""
         while self._live:
             idler = asyncio.get_running_loop().create_future()
-            self._idlers.add(idler)
+            self._idlers[idler] = None
             try:
                 await idler
             finally:
-                self._idlers.discard(idler)
+                del self._idlers[idler]
 
     def fence(self, invocation_id: str) -> Ran:
         """See to it that an id never starts from now on; a live call of it ends. Says whether it may have run."""
@@ -91,28 +94,20 @@ class Calls:
 
     def _record(self, invocation_id: str) -> int:
         self._turn()
-        key, record = _key(invocation_id), 0
+        record = 0
         for bucket in self._buckets:
-            record |= bucket.get(key, 0)
+            record |= bucket.get(invocation_id, 0)
         return record
 
     def _note(self, invocation_id: str, bits: int) -> None:
         self._turn()
-        key, bucket = _key(invocation_id), self._buckets[-1]
-        bucket[key] = bucket.get(key, 0) | bits
+        bucket = self._buckets[-1]
+        bucket[invocation_id] = bucket.get(invocation_id, 0) | bits
 
     def _turn(self) -> None:
         """Open new buckets as time goes by; the oldest fall off."""
-        now_s = self._clock()
-        while now_s >= self._bucket_ends_s:
-            self._buckets.append({})
-            self._bucket_ends_s += KEPT_S / _BUCKETS
-            if now_s - self._bucket_ends_s > KEPT_S:  # idle for longer than anything is kept
-                self._buckets.clear()
-                self._buckets.append({})
-                self._bucket_ends_s = now_s + KEPT_S / _BUCKETS
-
-
-def _key(invocation_id: str) -> bytes:
-    """Half the memory of the hex string; ids come in by the hundred thousand."""
-    return bytes.fromhex(invocation_id) if len(invocation_id) == 32 else invocation_id.encode()
+        late_s = self._clock() - self._bucket_ends_s
+        if late_s >= 0:
+            opened = int(late_s / _BUCKET_S) + 1
+            self._bucket_ends_s += opened * _BUCKET_S
+            self._buckets.extend({} for _ in range(min(opened, _BUCKETS + 1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,6 @@ from substrate_seam.errors import (
 )
 from substrate_seam.events import (
     CallQueued,
-    CleanupFailed,
     Emit,
     ExchangeEnded,
     GuestClaimed,
@@ -100,11 +100,12 @@ class Claim:
         self._tried: set[Start] = set()
         self._guest_id = ""
         self._guest: Guest | None = None
-        self._discarding: asyncio.Task[object] | None = None
+        self._discarding: asyncio.Task[None] | None = None
         self._exchange: Exchange | None = None
         self._death_timer: asyncio.TimerHandle | None = None
         self._sample: Sample | None = None
-        self._returning: asyncio.Task[object] | None = None
+        self._returning: asyncio.Task[None] | None = None
+        self._given_up = False
         self._queue_ms = 0.0
         self._started: Started | None = None
 
@@ -166,9 +167,12 @@ class Claim:
         if self._interruption is not None:
             raise self._interruption
         try:
-            async with asyncio.timeout_at(self._start_by_s) as self._start_bound:
+            async with asyncio.timeout_at(self._start_by_s) as bound:
+                self._start_bound = bound
                 await step()
         except TimeoutError:
+            if not bound.expired():
+                raise  # it is an `OSError` too, of a dial for example
             raise self._interruption or self._too_late() from None
         finally:
             self._start_bound = None
@@ -207,21 +211,26 @@ class Claim:
             )
         )
 
-    def _take_stake(self) -> Stake | None:
+    def _take_stake(self, *, in_turn: bool) -> Stake | None:
         """A parked guest, which brings its memory; else memory; else the promise of some."""
-        spec = self._hosted.workload.spec
+        ledger, mib = self._shop.ledger, self._hosted.workload.spec.memory_mib
         parked = self._shop.pool.take(self._hosted.workload.digest)
         if parked is not None:
             self._parked, self._lease = parked, parked.lease
+            self._guest, self._guest_id = parked.guest, parked.guest.guest_id
             return parked
-        self._lease = self._shop.ledger.reserve(spec.memory_mib)
+        if not in_turn:
+            return None
+        if mib > ledger.size_mib:  # the node has shrunk: waiting is of no use, and holds up the others
+            self._interrupt_unwritten(too_big(self._hosted, self._shop.node_id, ledger.size_mib))
+            return None
+        self._lease = ledger.reserve(mib)
         if self._lease is None:
-            self._shop.pool.reclaim(spec.memory_mib)
+            self._shop.pool.reclaim(mib)
         return self._lease
 
-    async def _start(self) -> None:
+    async def _start(self, failure: StartFailure | None = None) -> None:
         """Start a guest by the fastest way there is; one that fails falls through to the next."""
-        failure: StartFailure | None = None
         while (start := self._next_way()) is not None:
             self._tried.add(start)
             began_s = self._shop.clock()
@@ -254,7 +263,6 @@ class Claim:
         if start is Start.POOL:
             parked, self._parked = self._parked, None
             assert parked is not None
-            self._guest, self._guest_id = parked.guest, parked.guest.guest_id
             if parked.guest.exited.done():
                 raise StartFailure(f"it ended while parked: {parked.guest.exited.result().words}")
             return parked.base.base_id if parked.base else None
@@ -352,36 +360,34 @@ class Claim:
             message = f"the request cannot be written: {error}"
             raise SubstrateError(Reason.BAD_REQUEST, message, ran=Ran.NO) from error
         while True:
-            exchange = Exchange(
+            exchange = self._exchange = Exchange(
                 DATA_PORT, head, request.body, head_request=request.method == "HEAD", clock=self._shop.clock
             )
-            self._exchange = exchange
             exchange.bound(invocation.run_within_s, on_expiry=self._expired)
+            why = "it died while it was connected to"
             try:
                 await self._within_start(partial(self._dial, exchange))
             except GuestUnavailable:
                 if not exchange.written:
                     raise
-                return exchange  # it left in the last moment: `run_within_s` bounds it from here
             except OSError as error:
-                exchange.close()
-                await self._within_start(partial(self._start_over, f"it could not be reached: {error}"))
-            else:
+                why = f"it could not be reached: {error}"
+            if exchange.written:  # if only in the last moment: `run_within_s` bounds it from here
                 return exchange
+            exchange.close()
+            await self._within_start(partial(self._start_over, why))
 
     async def _dial(self, exchange: Exchange) -> None:
         assert self._guest is not None
         await self._guest.dial(lambda: exchange)
-        assert self._call is not None
-        self._call.ran = Ran.MAYBE
 
-    async def _start_over(self, message: str) -> None:
-        started = self._started
+    async def _start_over(self, why: str) -> None:
+        started, guest = self._started, self._guest
         assert started is not None
-        if self._guest is not None:
-            self._guest.exited.remove_done_callback(self._guest_died)
-        await self._start_failed(started.start, message)
-        await self._start()
+        assert guest is not None
+        self._heed_no_death(guest)
+        await self._start_failed(started.start, why)
+        await self._start(StartFailure(why))
 
     def _guest_died(self, _: asyncio.Future[Exit]) -> None:
         self._death_timer = self._loop.call_later(DEATH_GRACE_S, self._fail_dead)
@@ -389,6 +395,12 @@ class Claim:
     def _fail_dead(self) -> None:
         if self._exchange is not None:
             self._exchange.fail(GuestFailed("the guest died"))
+
+    def _heed_no_death(self, guest: Guest) -> None:
+        """This guest may end from now on."""
+        guest.exited.remove_done_callback(self._guest_died)
+        if self._death_timer is not None:
+            self._death_timer.cancel()
 
     async def _explained(self, error: SubstrateError) -> SubstrateError:
         """The same error with the cause of the guest's death, if it died."""
@@ -406,7 +418,11 @@ class Claim:
         return GuestFailed(words, hint=error.hint)
 
     def _sampled(self) -> Sample:
-        return self._guest.sample() if self._guest is not None else Sample(None, None)
+        """What the guest has used. A host that does not tell must not keep us from giving it back."""
+        with suppress(Exception):
+            if self._guest is not None:
+                return self._guest.sample()
+        return Sample(None, None)
 
     def _receipt(self) -> Receipt:
         exchange, started = self._exchange, self._started
@@ -429,6 +445,10 @@ class Claim:
             self._exchange.fail(written)
             self._begin_return()
             return Ran.MAYBE
+        self._interrupt_unwritten(unwritten)
+        return Ran.NO
+
+    def _interrupt_unwritten(self, unwritten: SubstrateError) -> None:
         self._interruption = unwritten
         if self._exchange is not None:
             self._exchange.fail(unwritten)
@@ -436,65 +456,64 @@ class Claim:
             self._begin_return()  # nobody waits in here: the request is still on its way to us
         elif not self._start_bound.expired():
             self._start_bound.reschedule(self._loop.time())
-        return Ran.NO
 
     def _expired(self) -> None:
         self._begin_return()
 
-    def _begin_return(self) -> asyncio.Task[object]:
+    def _begin_return(self) -> asyncio.Task[None]:
+        """Stop the exchange and stop waiting at once; the rest is the reaper's, whatever becomes of us."""
         if self._returning is None:
+            exchange, ticket = self._exchange, self._ticket
+            if exchange is not None:
+                self._given_up = exchange.error is None and not exchange.whole
+                exchange.close()
+            if ticket is not None and ticket.stake is None:
+                self._shop.slots.leave(ticket)
             what = f"give back {self._guest_id or self._invocation.id}"
             self._returning = self._shop.reaper.spawn(self._return(), what=what)
         return self._returning
 
     async def _return(self) -> None:
-        """The one way back: stop the exchange, read what was used, kill and reap, free, clean up in the background."""
-        exchange, guest, ticket = self._exchange, self._guest, self._ticket
-        if self._death_timer is not None:
-            self._death_timer.cancel()
+        """The one way back: read what was used, kill and reap, free, clean up in the background."""
+        guest = self._guest
         if guest is not None:
-            guest.exited.remove_done_callback(self._guest_died)
+            self._heed_no_death(guest)
             self._sample = self._sample or self._sampled()
         died = guest.exited.result() if guest is not None and guest.exited.done() else None
-        if exchange is not None:
-            exchange.close()
         if self._discarding is not None:
             await asyncio.wait({self._discarding})
         if self._guest_id:
             await self._ended(self._guest_id, guest)
         if self._lease is not None:
             self._lease.release()
-        if ticket is not None:
-            self._shop.slots.leave(ticket)
+        if self._ticket is not None:
+            self._shop.slots.leave(self._ticket)
         self._end_call()
         self._tell(died)
 
     async def _ended(self, guest_id: str, guest: Guest | None = None) -> None:
         """Kill a guest and see to the rest of it in the background. It may still live while this has not returned."""
-        pause_s, vmm, reaper = 0.05, self._hosted.vmm, self._shop.reaper
-        while True:
-            try:
-                await (guest.kill() if guest is not None else vmm.discard(guest_id))
-            except Exception as error:  # noqa: BLE001  # whatever broke, the guest may live: go on trying
-                self._shop.emit(CleanupFailed(what=f"end {guest_id}", message=f"{type(error).__name__}: {error}"))
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, 5.0)
-                continue
-            break
-        if guest is not None:
-            reaper.spawn(vmm.discard(guest_id), what=f"discard {guest_id}")
+        reaper, what = self._shop.reaper, f"discard {guest_id}"
+        discard = partial(self._hosted.vmm.discard, guest_id)
+        if guest is None:
+            await reaper.insist(discard, what=what)
+        else:
+            await reaper.insist(guest.kill, what=f"kill {guest_id}")
+            reaper.spawn(reaper.insist(discard, what=what), what=what)
 
     def _end_call(self) -> None:
         if self._call is not None:
-            if self._exchange is not None and self._exchange.written:
-                self._call.ran = Ran.MAYBE
-            self._shop.calls.end(self._call)
+            written = self._exchange is not None and self._exchange.written
+            self._shop.calls.end(self._call, Ran.MAYBE if written else Ran.NO)
 
     def _tell(self, died: Exit | None) -> None:
         invocation, exchange, ticket = self._invocation, self._exchange, self._ticket
         name, now_s = self._hosted.workload.name, self._shop.clock()
         if exchange is not None and exchange.written:
-            sample = self._sample or Sample(None, None)
+            sample, error = self._sample or Sample(None, None), exchange.error
+            reason, message = (error.reason, error.message) if error is not None else (None, "")
+            if self._given_up:  # by its caller: no fault of the guest
+                reason, message = Reason.CANCELLED, "its caller left before the reply was whole"
             self._shop.emit(
                 ExchangeEnded(
                     invocation_id=invocation.id,
@@ -504,8 +523,8 @@ class Claim:
                     guest_ms=round(_guest_ms(exchange, now_s), 3),
                     body_bytes=exchange.body_bytes,
                     status=exchange.status,
-                    reason=exchange.error.reason if exchange.error else None,
-                    message=exchange.error.message if exchange.error else "",
+                    reason=reason,
+                    message=message,
                     cpu_ms=sample.cpu_ms,
                     peak_mib=sample.peak_mib,
                 )
@@ -578,6 +597,16 @@ class _Body:
             raise
         except SubstrateError as error:
             raise await self._claim._explained(error) from None  # noqa: SLF001  # as above
+
+
+def too_big(hosted: Hosted, node_id: str, size_mib: int) -> GuestUnavailable:
+    """What a call hears whose guest would not fit this node even if it were empty."""
+    spec = hosted.workload.spec
+    return GuestUnavailable(
+        Reason.MEMORY,
+        f"a guest of {spec.name!r} needs {spec.memory_mib} MiB, and node {node_id!r} has {size_mib} MiB in all",
+        hint="Give the node more memory, or lower `memMib` of the workload.",
+    )
 
 
 def _for_guest(invocation: Invocation, request: GuestRequest) -> Headers:

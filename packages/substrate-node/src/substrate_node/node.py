@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from substrate_node.base import Bases
 from substrate_node.calls import Calls
-from substrate_node.invoker import Claim, Invoking, Shop, Stake
+from substrate_node.invoker import Claim, Invoking, Shop, Stake, too_big
 from substrate_node.journal import JournalLine, Record
 from substrate_node.ledger import Ledger
 from substrate_node.pool import Pool
@@ -84,12 +84,14 @@ class LocalNode:
         self._record = record
         self._loop = loop = asyncio.get_running_loop()
         self._hosted: dict[str, Hosted] = {}
-        self._digests_of: dict[str, set[str]] = {}
-        self._keys_of: dict[str, set[str]] = {}
+        # Dicts that only have keys are sets in order, which makes a run repeatable.
+        self._digests_of: dict[str, dict[str, None]] = {}
+        self._digests_on: dict[str, dict[str, None]] = {}  # of each base key
         self._forgotten: dict[str, asyncio.TimerHandle] = {}
-        self._hearers: set[_Hearer] = set()
+        self._hearers: dict[_Hearer, None] = {}
         self._limits_generation = 0
         self._draining_until_s: float | None = None
+        self._closing = False
         self._drain_timer: asyncio.TimerHandle | None = None
         self._reaper = Reaper(emit=emit)
         self._ledger = Ledger(memory_mib, freed=self._memory_freed)
@@ -119,6 +121,7 @@ class LocalNode:
             reaper=self._reaper,
             emit=emit,
             starving=lambda: self._slots.starving,
+            offer=self._slots.retry,
             changed=self._changed,
         )
         self._shop = Shop(
@@ -156,6 +159,7 @@ class LocalNode:
 
     async def __aexit__(self, *_: object) -> None:
         """End every call and every guest, and wait until nothing of them is left. Bases stay for the next daemon."""
+        self._closing = True
         self._draining_until_s = self._loop.time()
         if self._drain_timer is not None:
             self._drain_timer.cancel()
@@ -166,8 +170,10 @@ class LocalNode:
         self._end_calls()
         self._bases.stop()
         self._pool.close()
-        await self._reaper.finish(self._calls.idle(), what="end the last calls", within_s=math.inf)
-        await self._reaper.aclose()
+        try:
+            await self._reaper.finish(self._calls.idle(), what="end the last calls", within_s=math.inf)
+        finally:
+            await self._reaper.aclose()
 
     async def idle(self) -> None:
         """Wait until no invocation waits or runs."""
@@ -200,8 +206,9 @@ class LocalNode:
                 f"node {self.node_id!r} does not know this version of {name!r} yet",
                 hint="Its agent will tell it; try again.",
             )
-        if digest in self._forgotten:
+        if digest in self._forgotten:  # a late call puts the end off
             self._forgotten.pop(digest).cancel()
+            self._drop_later(digest)
         self._check_demands(invocation, hosted)
         return hosted
 
@@ -215,12 +222,7 @@ class LocalNode:
                 hint="Run the workload as a microVM, or ask for less with `fc-require-isolation`.",
             )
         if spec.memory_mib > self._ledger.size_mib:
-            raise GuestUnavailable(
-                Reason.MEMORY,
-                f"a guest of {spec.name!r} needs {spec.memory_mib} MiB, and node {self.node_id!r} "
-                f"has {self._ledger.size_mib} MiB in all",
-                hint="Give the node more memory, or lower `memMib` of the workload.",
-            )
+            raise too_big(hosted, self.node_id, self._ledger.size_mib)
 
     def _drained(self) -> GuestUnavailable:
         return GuestUnavailable(
@@ -234,28 +236,33 @@ class LocalNode:
 
     async def ensure(self, workload: Workload) -> None:
         """Make a workload known and warm it in the background. Raises `GuestUnavailable` if this node can't run it."""
-        if workload.digest in self._forgotten:
-            self._forgotten.pop(workload.digest).cancel()
-        spec = workload.spec
+        spec, digest = workload.spec, workload.digest
+        known = self._hosted.get(digest)
+        hosted = known or Hosted(workload, self._vmm_for(workload))
+        if digest in self._forgotten:
+            self._forgotten.pop(digest).cancel()
         self._slots.configure(spec.name, concurrency=spec.concurrency, queue=spec.queue, sessioned=spec.sessioned)
-        if workload.digest in self._hosted:
+        if known is not None:
             return
-        hosted = self._hosted[workload.digest] = Hosted(workload, self._vmm_for(workload))
-        self._digests_of.setdefault(spec.name, set()).add(workload.digest)
+        self._hosted[digest] = hosted
+        self._digests_of.setdefault(spec.name, {})[digest] = None
         if hosted.base_key is not None:
-            self._keys_of.setdefault(hosted.base_key, set()).add(workload.digest)
+            self._digests_on.setdefault(hosted.base_key, {})[digest] = None
             self._bases.want(hosted.base_key, workload, hosted.vmm)
         self._pool.keep(hosted)
-        self._emit(WorkloadEnsured(workload=spec.name, digest=workload.digest))
-        self._changed(workload.digest)
+        self._emit(WorkloadEnsured(workload=spec.name, digest=digest))
+        self._changed(digest)
 
     async def forget(self, digest: str) -> None:
-        """Drop a workload ten minutes from now, unless someone ensures or calls it meanwhile.
+        """Drop a workload ten minutes from now, or from the last call of it, unless someone ensures it meanwhile.
 
         An agent that still needs it after that hears `unknown-digest` and ensures it again.
         """
         if digest in self._hosted and digest not in self._forgotten:
-            self._forgotten[digest] = self._loop.call_later(FORGOTTEN_KEPT_S, self._drop, digest)
+            self._drop_later(digest)
+
+    def _drop_later(self, digest: str) -> None:
+        self._forgotten[digest] = self._loop.call_later(FORGOTTEN_KEPT_S, self._drop, digest)
 
     def _vmm_for(self, workload: Workload) -> Vmm:
         unknown = sorted(set(workload.spec.requires) - FEATURES)
@@ -281,14 +288,14 @@ class LocalNode:
         hosted = self._hosted.pop(digest)
         name = hosted.workload.name
         self._pool.drop(digest)
-        self._digests_of[name].discard(digest)
+        del self._digests_of[name][digest]
         if not self._digests_of[name]:
             del self._digests_of[name]
             self._slots.close(name)
         if hosted.base_key is not None:
-            self._keys_of[hosted.base_key].discard(digest)
-            if not self._keys_of[hosted.base_key]:
-                del self._keys_of[hosted.base_key]
+            del self._digests_on[hosted.base_key][digest]
+            if not self._digests_on[hosted.base_key]:
+                del self._digests_on[hosted.base_key]
                 self._bases.drop(hosted.base_key)
         self._emit(WorkloadDropped(workload=name, digest=digest))
         self._changed(digest)
@@ -312,6 +319,8 @@ class LocalNode:
 
     async def resume(self) -> None:
         """Take invocations again."""
+        if self._closing:
+            return
         self._draining_until_s = None
         if self._drain_timer is not None:
             self._drain_timer.cancel()
@@ -325,15 +334,13 @@ class LocalNode:
             return
         self._limits_generation = limits.generation
         self._ledger.resize(limits.memory_mib)
-        over_mib = self._ledger.committed_mib - limits.memory_mib
-        if over_mib > 0:
-            self._pool.reclaim(over_mib)
+        self._pool.reclaim(0)
         self._emit(NodeLimited(node=self.node_id, generation=limits.generation, memory_mib=limits.memory_mib))
         self._changed(None)
 
     def _end_calls(self) -> None:
-        cut = GuestFailed(f"the guest was ended: node {self.node_id!r} had to stop before it finished")
         for call in self._calls.live:
+            cut = GuestFailed(f"the guest was ended: node {self.node_id!r} had to stop before it finished")
             call.interrupt(self._drained(), cut)
 
     # Reports.
@@ -341,14 +348,14 @@ class LocalNode:
     async def reports(self) -> AsyncGenerator[NodeReport, None]:
         """A full report at once, then what changed: at most one per 50 ms, at least one per 2 s."""
         hearer = _Hearer()
-        self._hearers.add(hearer)
+        self._hearers[hearer] = None
         try:
             yield self._report({digest: self._workload_report(digest) for digest in self._hosted}, full=True)
             while await hearer.news(self._loop):
                 dirty = hearer.take()
                 yield self._report({digest: self._workload_report(digest) for digest in dirty}, full=False)
         finally:
-            self._hearers.discard(hearer)
+            del self._hearers[hearer]
 
     def report(self) -> NodeReport:
         """What the node says about itself now, in full."""
@@ -397,12 +404,13 @@ class LocalNode:
             hearer.tell(digest)
 
     def _queue_changed(self, name: str) -> None:
+        self._pool.freed()  # perhaps nobody starves any more
         if self._hearers:
             for digest in self._digests_of.get(name, ()):
                 self._changed(digest)
 
     def _base_changed(self, key: str) -> None:
-        for digest in self._keys_of.get(key, ()):
+        for digest in self._digests_on.get(key, ()):
             self._pool.refill(digest)
             self._changed(digest)
 
@@ -415,13 +423,13 @@ class _Hearer:
     """One reader of reports: what has changed since it last heard."""
 
     def __init__(self) -> None:
-        self._dirty: set[str] = set()
+        self._dirty: dict[str, None] = {}
         self._told = asyncio.Event()
         self._closed = False
 
     def tell(self, digest: str | None) -> None:
         if digest is not None:
-            self._dirty.add(digest)
+            self._dirty[digest] = None
         self._told.set()
 
     def close(self) -> None:
@@ -437,9 +445,9 @@ class _Hearer:
                     await self._told.wait()
         return not self._closed
 
-    def take(self) -> set[str]:
+    def take(self) -> dict[str, None]:
         self._told.clear()
-        dirty, self._dirty = self._dirty, set()
+        dirty, self._dirty = self._dirty, {}
         return dirty
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from substrate_node.base import Bases
 from substrate_node.ledger import Lease, Ledger
@@ -12,7 +13,7 @@ from substrate_node.ready import IdentityMint
 from substrate_node.reaper import Reaper
 from substrate_node.starter import Hosted, Starter, StartFailure
 from substrate_node.vmm import Base, Exit, Guest
-from substrate_seam.events import CleanupFailed, Emit, GuestGone, GuestParked, WarningRaised
+from substrate_seam.events import Emit, GuestGone, GuestParked, WarningRaised
 
 _MAKING_MAX = 2
 """So many guests of one workload are made ready at once: parking must not crowd out calls."""
@@ -30,23 +31,31 @@ class Parked:
         self.lease = lease
 
 
+Making = asyncio.Task[Parked | StartFailure]
+
+
 class _Bay:
-    """The parked guests of one workload, the oldest (of the oldest base) first."""
+    """The parked guests of one workload, the oldest (of the oldest base) first, and those being made ready."""
 
     def __init__(self, hosted: Hosted) -> None:
         self.hosted = hosted
         self.parked: deque[Parked] = deque()
-        self.making = 0
+        self.making: dict[Making, Lease] = {}
         self.backoff_s = _BACKOFF_S_MIN
         self.retry: asyncio.TimerHandle | None = None
 
     @property
     def short(self) -> bool:
-        return len(self.parked) + self.making < self.hosted.workload.spec.pool and self.making < _MAKING_MAX
+        making = len(self.making)
+        return making < _MAKING_MAX and len(self.parked) + making < self.hosted.workload.spec.pool
 
 
 class Pool:
-    """All parked guests of one node, by digest. `starving` says whether a call lacks memory: then nothing is parked."""
+    """All parked guests of one node, by digest.
+
+    `starving` says whether a call lacks memory: then nothing new is made, and `offer` is called when a guest is parked.
+    `changed` hears the digest whose number of parked guests changed.
+    """
 
     def __init__(
         self,
@@ -58,6 +67,7 @@ class Pool:
         reaper: Reaper,
         emit: Emit,
         starving: Callable[[], bool],
+        offer: Callable[[], None],
         changed: Callable[[str], None],
     ) -> None:
         self._ledger = ledger
@@ -67,15 +77,19 @@ class Pool:
         self._reaper = reaper
         self._emit = emit
         self._starving = starving
+        self._offer = offer
         self._changed = changed
         self._bays: dict[str, _Bay] = {}
-        self._short: dict[str, None] = {}
-        self._stocked: dict[str, _Bay] = {}
+        self._short: dict[str, None] = {}  # lack memory, the longest first
+        self._stocked: dict[str, _Bay] = {}  # have something that `reclaim` may end
+        self._leaving: set[Lease] = set()  # of guests that are being ended
+        self._leaving_mib = 0
+        self._resuming: asyncio.Handle | None = None
         self._closed = False
 
     def keep(self, hosted: Hosted) -> None:
         """Park guests of a workload from now on, as many as it asks for."""
-        if hosted.workload.spec.pool:
+        if hosted.workload.spec.pool and not self._closed:
             self._bays.setdefault(hosted.workload.digest, _Bay(hosted))
             self.refill(hosted.workload.digest)
 
@@ -95,48 +109,52 @@ class Pool:
         return parked
 
     def reclaim(self, mib: int) -> None:
-        """Give memory back for calls: end parked guests until about `mib` MiB more will be free."""
-        while self._stocked and mib > 0:
+        """End parked guests, and then those in the making, until `mib` MiB are free or about to be."""
+        while self._stocked and self._ledger.committed_mib - self._leaving_mib + mib > self._ledger.size_mib:
             digest, bay = next(iter(self._stocked.items()))
-            parked = bay.parked.pop()
-            mib -= parked.lease.mib
             self._short[digest] = None
-            self._end(bay.hosted, parked)
+            if bay.parked:
+                parked = bay.parked.popleft()
+                self._end(bay.hosted, parked.guest.guest_id, parked.lease)
+            else:
+                self._call_off(bay)
             self._restocked(bay)
 
     def refill(self, digest: str) -> None:
         """Start making what is missing, as far as memory allows; the rest waits for `freed`."""
         bay = self._bays.get(digest)
-        while bay is not None and bay.short and bay.retry is None and not self._closed:
-            base = self._bases.current(bay.hosted.base_key) if bay.hosted.base_key is not None else None
-            if bay.hosted.base_key is not None and base is None:
+        while bay is not None and bay.short and bay.retry is None:
+            if bay.hosted.base_key is not None and self._bases.current(bay.hosted.base_key) is None:
                 return  # its base is being built, and will say so
             lease = None if self._starving() else self._ledger.reserve(bay.hosted.workload.spec.memory_mib)
             if lease is None:
                 self._short[digest] = None
                 return
-            bay.making += 1
             guest_id = self._mint.guest_id()
-            self._reaper.spawn(self._make(bay, base, guest_id, lease), what=f"park {guest_id}")
+            task = self._reaper.spawn(self._make(bay.hosted, guest_id, lease), what=f"park {guest_id}")
+            task.add_done_callback(partial(self._made, bay, guest_id, lease))
+            bay.making[task] = lease
+            self._stocked[digest] = bay
 
     def freed(self) -> None:
-        """Some memory was freed: go on with the workload that has waited longest for it."""
-        digest = next(iter(self._short), None)
-        if digest is not None and not self._starving():
-            del self._short[digest]
-            self.refill(digest)
+        """Some memory may be free: go on with those that lack it, after the calls that now want it."""
+        if self._short and self._resuming is None:
+            self._resuming = asyncio.get_running_loop().call_soon(self._resume)
 
     def drop(self, digest: str) -> None:
         """End the parked guests of a workload and park no more."""
         bay = self._bays.pop(digest, None)
-        self._short.pop(digest, None)
-        self._stocked.pop(digest, None)
         if bay is None:
             return
         if bay.retry is not None:
             bay.retry.cancel()
+        while bay.making:
+            self._call_off(bay)
         while bay.parked:
-            self._end(bay.hosted, bay.parked.popleft())
+            parked = bay.parked.popleft()
+            self._end(bay.hosted, parked.guest.guest_id, parked.lease)
+        self._short.pop(digest, None)
+        self._stocked.pop(digest, None)
 
     def close(self) -> None:
         """End every parked guest; the reaper knows when they are gone."""
@@ -144,41 +162,53 @@ class Pool:
         for digest in list(self._bays):
             self.drop(digest)
 
-    async def _make(self, bay: _Bay, base: Base | None, guest_id: str, lease: Lease) -> None:
-        digest = bay.hosted.workload.digest
+    def _resume(self) -> None:
+        self._resuming = None
+        while self._short and not self._starving():
+            digest = next(iter(self._short))
+            del self._short[digest]
+            self.refill(digest)
+            if digest in self._short:
+                return
+
+    async def _make(self, hosted: Hosted, guest_id: str, lease: Lease) -> Parked | StartFailure:
+        base = self._bases.current(hosted.base_key) if hosted.base_key is not None else None
         try:
-            guest = await self._starter.start(bay.hosted, base, guest_id)
+            return Parked(await self._starter.start(hosted, base, guest_id), base, lease)
         except StartFailure as failure:
-            await bay.hosted.vmm.discard(guest_id)
-            lease.release()
-            self._back_off(bay, str(failure))
-            return
-        finally:
-            bay.making -= 1
-        parked = Parked(guest, base, lease)
-        if self._bays.get(digest) is not bay or guest.exited.done():
-            self._end(bay.hosted, parked)
+            return failure
+
+    def _made(self, bay: _Bay, guest_id: str, lease: Lease, task: Making) -> None:
+        """Park a guest that became ready and is still wanted; else leave nothing of it."""
+        wanted = bay.making.pop(task, None) is not None
+        made = None if task.cancelled() or task.exception() is not None else task.result()
+        if not wanted or not isinstance(made, Parked) or made.guest.exited.done():
+            self._end(bay.hosted, guest_id, lease)
+            self._restocked(bay)
+            if wanted:
+                self._back_off(bay, str(made) if isinstance(made, StartFailure) else "it did not last")
             return
         bay.backoff_s = _BACKOFF_S_MIN
-        bay.parked.append(parked)
-        guest.exited.add_done_callback(lambda ended: self._died(bay, parked, ended))
+        bay.parked.append(made)
+        made.guest.exited.add_done_callback(partial(self._died, bay, made))
         self._emit(GuestParked(guest=guest_id, workload=bay.hosted.workload.name, parked=len(bay.parked)))
         self._restocked(bay)
-        self.refill(digest)
+        self._offer()
+        self.refill(bay.hosted.workload.digest)
 
     def _back_off(self, bay: _Bay, message: str) -> None:
         """Wait before the next try, ever longer, so that a workload that cannot start costs little."""
         name = bay.hosted.workload.name
+        if self._bays.get(bay.hosted.workload.digest) is not bay or bay.retry is not None:
+            return
         self._emit(
             WarningRaised(
                 message=f"a guest of {name!r} could not be parked: {message}",
                 hint=f"The next try is in {bay.backoff_s:.0f} s; calls still start their own guests.",
             )
         )
-        if not self._closed:
-            loop = asyncio.get_running_loop()
-            bay.retry = loop.call_later(bay.backoff_s, self._retry, bay)
-            bay.backoff_s = min(bay.backoff_s * 2, _BACKOFF_S_MAX)
+        bay.retry = asyncio.get_running_loop().call_later(bay.backoff_s, self._retry, bay)
+        bay.backoff_s = min(bay.backoff_s * 2, _BACKOFF_S_MAX)
 
     def _retry(self, bay: _Bay) -> None:
         bay.retry = None
@@ -189,43 +219,43 @@ class Pool:
         if parked not in bay.parked:
             return
         bay.parked.remove(parked)
-        exit_ = ended.result()
+        exit_, guest_id = ended.result(), parked.guest.guest_id
         self._emit(
-            GuestGone(
-                guest=parked.guest.guest_id,
-                workload=bay.hosted.workload.name,
-                exit=exit_.words,
-                console=exit_.console,
-            )
+            GuestGone(guest=guest_id, workload=bay.hosted.workload.name, exit=exit_.words, console=exit_.console)
         )
-        self._end(bay.hosted, parked)
+        self._end(bay.hosted, guest_id, parked.lease)
         self._restocked(bay)
         self._back_off(bay, f"it ended while parked: {exit_.words}")
 
     def _restocked(self, bay: _Bay) -> None:
-        """The number of parked guests changed."""
+        """What stands ready or is in the making changed, unless the workload was dropped meanwhile."""
         digest = bay.hosted.workload.digest
-        if bay.parked:
+        if self._bays.get(digest) is not bay:
+            return
+        if bay.parked or bay.making:
             self._stocked[digest] = bay
         else:
             self._stocked.pop(digest, None)
         self._changed(digest)
 
-    def _end(self, hosted: Hosted, parked: Parked) -> None:
-        guest_id = parked.guest.guest_id
-        self._reaper.spawn(end_guest(hosted, guest_id, parked.lease, emit=self._emit), what=f"discard {guest_id}")
+    def _call_off(self, bay: _Bay) -> None:
+        """Stop making the guest that was begun last; `_made` then ends it."""
+        task, lease = bay.making.popitem()
+        self._leave(lease)
+        task.cancel()
 
+    def _leave(self, lease: Lease) -> None:
+        if lease not in self._leaving:
+            self._leaving.add(lease)
+            self._leaving_mib += lease.mib
 
-async def end_guest(hosted: Hosted, guest_id: str, lease: Lease, *, emit: Emit) -> None:
-    """Discard a guest, then free its memory. A guest that may still live keeps its memory on the account."""
-    pause_s = 0.05
-    while True:
-        try:
-            await hosted.vmm.discard(guest_id)
-        except Exception as error:  # noqa: BLE001  # whatever broke, the guest may live: go on trying
-            emit(CleanupFailed(what=f"discard {guest_id}", message=f"{type(error).__name__}: {error}"))
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, 5.0)
-        else:
-            lease.release()
-            return
+    def _end(self, hosted: Hosted, guest_id: str, lease: Lease) -> None:
+        self._leave(lease)
+        self._reaper.spawn(self._ended(hosted, guest_id, lease), what=f"discard {guest_id}")
+
+    async def _ended(self, hosted: Hosted, guest_id: str, lease: Lease) -> None:
+        """Discard a guest, then free its memory: one that may still live keeps it on the account."""
+        await self._reaper.insist(partial(hosted.vmm.discard, guest_id), what=f"discard {guest_id}")
+        self._leaving.discard(lease)
+        self._leaving_mib -= lease.mib
+        lease.release()

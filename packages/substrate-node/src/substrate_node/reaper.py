@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from substrate_seam.events import CleanupFailed, CleanupLate, Emit
+
+T = TypeVar("T")
+
+_PAUSE_S_MIN, _PAUSE_S_MAX = 0.05, 5.0
 
 
 class Reaper:
@@ -15,20 +19,36 @@ class Reaper:
 
     def __init__(self, *, emit: Emit) -> None:
         self._emit = emit
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, cleanup: Coroutine[Any, Any, object], *, what: str) -> asyncio.Task[object]:
+    def spawn(self, cleanup: Coroutine[Any, Any, T], *, what: str) -> asyncio.Task[T]:
         """Run `cleanup` under this owner; a failure of it is told as `CleanupFailed`."""
         task = asyncio.get_running_loop().create_task(cleanup, name=what)
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task
 
-    def _done(self, task: asyncio.Task[object]) -> None:
+    def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self._emit(CleanupFailed(what=task.get_name(), message=f"{type(error).__name__}: {error}"))
+            self._tell(task.get_name(), error)
+
+    def _tell(self, what: str, error: BaseException) -> None:
+        self._emit(CleanupFailed(what=what, message=f"{type(error).__name__}: {error}"))
+
+    async def insist(self, step: Callable[[], Awaitable[object]], *, what: str) -> None:
+        """Take a step of clean-up again and again, ever more patiently, until it succeeds; each failure is told."""
+        pause_s = _PAUSE_S_MIN
+        while True:
+            try:
+                await step()
+            except Exception as error:  # noqa: BLE001  # whatever broke, what is to be undone is still there
+                self._tell(what, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _PAUSE_S_MAX)
+            else:
+                return
 
     async def finish(self, cleanup: Coroutine[Any, Any, object], *, what: str, within_s: float = 10.0) -> None:
         """Run `cleanup` to its end even if cancelled meanwhile, then let the cancellation go on.
@@ -37,7 +57,7 @@ class Reaper:
         """
         await self.join(self.spawn(cleanup, what=what), within_s=within_s)
 
-    async def join(self, task: asyncio.Task[object], *, within_s: float = 10.0) -> None:
+    async def join(self, task: asyncio.Task[Any], *, within_s: float = 10.0) -> None:
         """Wait for a task of this owner as `finish` does. Its failure has been told and is not raised here."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + within_s

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from substrate_node.base import Bases
-from substrate_node.ready import IdentityMint, NotReady, make_ready
+from substrate_node.ready import Contact, IdentityMint, NotReady
 from substrate_node.vmm import Base, Guest, Inbound, Vmm, VmmError
 from substrate_seam.workload import Workload
 
@@ -65,28 +65,20 @@ class Starter:
     async def _start(self, hosted: Hosted, base: Base | None, guest_id: str, within_s: float) -> Guest:
         vmm, workload = hosted.vmm, hosted.workload
         inbound = self._inbound(workload, guest_id)
-        guest: Guest | None = None
+        contact: Contact | None = None
         try:
             async with asyncio.timeout(within_s):
                 if base is None:
                     guest = await vmm.boot(workload, guest_id, inbound)
                 else:
                     guest = await vmm.restore(workload, base, guest_id, inbound)
-                await make_ready(
-                    guest, workload, self._mint, contact_cap_s=vmm.contact_cap_s, restored=base is not None
+                contact = Contact(guest)
+                await contact.make_ready(
+                    workload, self._mint, contact_cap_s=vmm.contact_cap_s, restored=base is not None
                 )
                 return guest
         except TimeoutError as error:
-            raise StartFailure(f"it was not ready within {within_s:.1f} s{_last_words(guest)}") from error
+            why = f"it was not ready within {within_s:.1f} s"
+            raise StartFailure(why + (contact.words if contact else "")) from error
         except (VmmError, NotReady, OSError) as error:
-            raise StartFailure(f"{error}{_last_words(guest)}") from error
-
-
-def _last_words(guest: Guest | None) -> str:
-    """How the guest ended, if it did, and what its console said last."""
-    if guest is None or not guest.exited.done():
-        return ""
-    ended = guest.exited.result()
-    return f"; it ended with {ended.words}" + (
-        f" after saying: {ended.console.strip()[-512:]}" if ended.console else ""
-    )
+            raise StartFailure(str(error) + (contact.words if contact else "")) from error
