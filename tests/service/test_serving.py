@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,25 @@ async def test_the_listener_that_outlasts_the_others_answers_while_they_drain():
         assert await asyncio.wait_for(daemon.served, PATIENCE_S) is True
 
 
+async def test_an_endless_reply_of_the_listener_that_outlasts_is_cut_and_no_fault():
+    begun = asyncio.Event()
+
+    async def watch(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        begun.set()
+        await whole_body(receive)
+        await receive()
+
+    async with serving(listener(hello), listener(watch, outlasts=True)) as daemon:
+        reader, writer = await daemon.connect(daemon.addresses[1])
+        writer.write(GET)
+        await begun.wait()
+        daemon.stopping.ask("the test")
+        assert await asyncio.wait_for(daemon.served, PATIENCE_S) is True
+        assert b"0\r\n\r\n" not in await asyncio.wait_for(reader.read(), PATIENCE_S)
+        writer.close()
+
+
 async def test_a_cancelled_daemon_leaves_no_connection_and_no_task():
     at_work = asyncio.Event()
 
@@ -324,3 +344,25 @@ def test_the_exit_status_says_whether_the_stop_was_clean(path, drain_s, signals,
                 assert daemon.stdout.readline() == b"SIGTERM\n"
             _, errors = daemon.communicate(timeout=PATIENCE_S)
     assert (daemon.returncode, errors) == (status, b"")
+
+
+README = Path(__file__).parents[2] / "packages" / "substrate-service" / "README.md"
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    code = README.read_text().split("```python\n")[1].split("```")[0]
+    place = tmp_path / "s"
+    environment = {**os.environ, "HELLO_LISTEN_ADDR": f"unix:{place}"}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as daemon:
+        with socket.socket(socket.AF_UNIX) as sock:
+            for _ in range(200):
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                    sock.connect(str(place))
+                    break
+                assert daemon.poll() is None
+                time.sleep(0.05)  # another process starts; there is nothing to wait on
+            sock.sendall(GET)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200 OK\r\n")
+        daemon.send_signal(signal.SIGTERM)
+        _, errors = daemon.communicate(timeout=PATIENCE_S)
+    assert (daemon.returncode, errors) == (0, b"")

@@ -34,6 +34,8 @@ class BodyReader(Protocol):
 class SizedBody:
     """A body of a known number of bytes."""
 
+    __slots__ = ("_left", "whole")
+
     def __init__(self, length: int) -> None:
         self._left = length
         self.whole = length == 0

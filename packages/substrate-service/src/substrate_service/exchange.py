@@ -24,10 +24,8 @@ ABORT = "substrate.abort"
 class Connection(Protocol):
     """What an exchange asks of the connection it is on."""
 
-    @property
-    def congested(self) -> bool:
-        """Whether the peer reads more slowly than the application writes."""
-        ...
+    congested: bool
+    """Whether the peer reads more slowly than the application writes."""
 
     async def writable(self) -> None:
         """Return once the peer reads fast enough, or is gone."""
@@ -68,6 +66,11 @@ class Exchange:
     `gone` is true once nobody will read the reply any more; sends are then dropped and `receive` says so.
     """
 
+    __slots__ = (
+        *("body", "gone", "head", "owes_continue", "reader", "replied", "reply_started"),
+        *("_chunked", "_connection", "_emit", "_end_told", "_length_left", "_news", "_scope", "_stays"),
+    )
+
     def __init__(self, head: Head, body: BodyReader, scope: Scope, connection: Connection, emit: Emit) -> None:
         self.head = head
         self.reader = body
@@ -75,7 +78,7 @@ class Exchange:
         self.reply_started = False
         self.gone = False
         self.owes_continue = head.expects_continue
-        self.body = bytearray()
+        self.body = b""
         self._end_told = False
         self._scope = scope
         self._connection = connection
@@ -89,7 +92,7 @@ class Exchange:
 
     def take(self, body: bytes) -> None:
         """Keep bytes of the request body until the application asks for them."""
-        self.body += body
+        self.body = self.body + body if self.body else body
         self._tell()
 
     def leave(self) -> None:
@@ -101,11 +104,6 @@ class Exchange:
         if self._news is not None:
             self._news.set()
             self._news = None
-
-    @property
-    def awaits_body(self) -> bool:
-        """Whether the peer still owes bytes of the request body."""
-        return not self.reader.whole
 
     # What the application does.
 
@@ -142,22 +140,18 @@ class Exchange:
 
     async def receive(self) -> Message:
         """The next piece of the request body; once that is whole, wait for the peer to leave or the reply to end."""
-        if not (self.gone or self.replied):
-            if self.owes_continue:
-                self.owes_continue = False
-                self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            while not self._deliverable():
-                self._connection.wants_body(self)
-                self._news = self._news or asyncio.Event()
-                await self._news.wait()
+        if self.owes_continue and not self.gone:
+            self.owes_continue = False
+            self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while not (self.gone or self.replied or self.body or (self.reader.whole and not self._end_told)):
+            self._connection.wants_body(self)
+            self._news = self._news or asyncio.Event()
+            await self._news.wait()
         if self.gone or self.replied:
             return {"type": "http.disconnect"}
-        body, self.body = bytes(self.body), bytearray()
+        body, self.body = self.body, b""
         self._end_told = self.reader.whole
         return {"type": "http.request", "body": body, "more_body": not self._end_told}
-
-    def _deliverable(self) -> bool:
-        return bool(self.gone or self.replied or self.body or (self.reader.whole and not self._end_told))
 
     async def send(self, message: Message) -> None:
         """Send a piece of the reply, waiting while the peer reads too slowly. Dropped once the peer is gone."""

@@ -64,10 +64,9 @@ class HeadReader:
         if not self._past_blanks:
             stripped = data.lstrip(b"\r\n")  # left over from sloppy senders; it counts, and nothing else is forgiven
             self._spend(len(data) - len(stripped))
-            data = stripped
-            if not data:
+            if not stripped:
                 return None, b""
-            self._past_blanks = True
+            self._past_blanks, data = True, stripped
         joined = self._tail + data
         found = joined.find(b"\r\n\r\n")
         end = found + 4 - len(self._tail) if found >= 0 else len(data)

@@ -134,8 +134,8 @@ class StrictProtocol(asyncio.Protocol):
         self._written = 0
         self._flushed = 0
         self._read_paused = False
+        self.congested = False
         self._may_write = asyncio.Event()
-        self._may_write.set()
         self._closed: asyncio.Future[None] | None = None
 
     # The connection comes and goes.
@@ -167,7 +167,7 @@ class StrictProtocol(asyncio.Protocol):
                 timer.cancel()
         if self._exchange is not None:
             self._exchange.leave()
-        self._may_write.set()
+        self.resume_writing()
         self._state.connections.discard(cast(Any, self))
         if self._closed is not None:
             self._closed.set_result(None)
@@ -203,7 +203,7 @@ class StrictProtocol(asyncio.Protocol):
         while data and not self._ending:
             if self._head is not None:
                 data = self._read_head(self._head, data)
-            elif self._exchange is not None and self._exchange.awaits_body:
+            elif self._exchange is not None and not self._exchange.reader.whole:
                 data = self._read_body(self._exchange, data)
             elif self._exchange is not None:
                 self._ahead = data
@@ -323,19 +323,16 @@ class StrictProtocol(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Let the application wait: the peer reads more slowly than it writes."""
+        self.congested = True
         self._may_write.clear()
         self._watch_flush()
 
     def resume_writing(self) -> None:
         """Let the application go on."""
+        self.congested = False
         self._may_write.set()
 
     # What an exchange asks of its connection.
-
-    @property
-    def congested(self) -> bool:
-        """Whether the peer reads more slowly than the application writes."""
-        return not self._may_write.is_set()
 
     async def writable(self) -> None:
         """Return once the peer reads fast enough, or is gone."""
@@ -352,7 +349,7 @@ class StrictProtocol(asyncio.Protocol):
 
     def wants_body(self, exchange: Exchange) -> None:
         """Read on: the application waits for the body, or for the peer to leave."""
-        if not exchange.awaits_body:
+        if exchange.reader.whole:
             return  # what is sent ahead of its time stays bounded, and a hang-up is seen without reading on
         self._resume_reading()
         if not exchange.reply_started and self._late is None:
@@ -362,8 +359,7 @@ class StrictProtocol(asyncio.Protocol):
         """Whether another request may follow this reply."""
         if self._stopping or not exchange.head.keep_alive:
             return False
-        left = exchange.reader.left()
-        if left is None or left == 0:
+        if exchange.reader.whole or (left := exchange.reader.left()) is None:
             return True
         # A peer that was told to wait for 100 may now send the body or not: only chunks would tell which.
         return not exchange.owes_continue and left <= self._limits.discard_bytes
@@ -377,16 +373,17 @@ class StrictProtocol(asyncio.Protocol):
             return
         self._resume_reading()
         if not stay or self._stopping:
-            if exchange.awaits_body:
-                self._linger()
-            else:
+            if exchange.reader.whole and not self._ahead:
                 self._close()
-        elif exchange.awaits_body:
+            else:
+                self._linger()
+        elif not exchange.reader.whole:
             self._unread, self._discarded = exchange.reader, 0
             self._set_deadline(self._limits.idle_s, self._close)
         else:
             self._await_request()
-            self.data_received(b"")
+            if self._ahead:
+                self.data_received(b"")
 
     def refusal(self, status: int, reason: Reason, message: str, *, bodiless: bool = False) -> bytes:
         """A whole reply that says what is wrong, after which the connection closes; only its head if `bodiless`."""

@@ -20,6 +20,9 @@ from substrate_service.signals import Stopping
 _ABORT_GRACE_S: Final = 1.0
 """Seconds that cancelled applications have to clean up after themselves."""
 
+_LAST_REPLIES_S: Final = 1.0
+"""Seconds that a listener which outlasts the others has for what it is answering when they are quiet."""
+
 
 class Listener(Struct, frozen=True, kw_only=True):
     """One address and what is served there; `setting` names the address in errors.
@@ -44,7 +47,8 @@ async def serve(
 
     `listening` is told the addresses once all of them accept connections. What is left after `drain_s`, or when
     `stopping` is forced, is aborted, and so is everything when this call is cancelled. An application ends its own
-    endless replies when `stopping` is requested. Raises `ListenFailed`, before anything is served.
+    endless replies when `stopping` is requested; those of a listener that outlasts the others are cut, and that is
+    no fault. Raises `ListenFailed`, before anything is served.
     """
     with contextlib.ExitStack() as sockets:
         places = [sockets.enter_context(bound(each.address, setting=each.setting)) for each in listeners]
@@ -56,10 +60,9 @@ async def serve(
                 clock = duties.create_task(_keep_date(servers), name="keep-date")
                 listening([_address_of(each.address, place) for each, place in zip(listeners, places, strict=True)])
                 await stopping.requested.wait()
-                clean = True
-                for outlasts in (False, True):
-                    stage = [s for s, each in zip(servers, listeners, strict=True) if each.outlasts is outlasts]
-                    clean = await _drain(stage, within_s=drain_s, forced=stopping.forced) and clean
+                first, last = _by_stage(listeners, servers)
+                clean = await _drain(first, within_s=drain_s, forced=stopping.forced)
+                await _drain(last, within_s=_LAST_REPLIES_S, forced=stopping.forced)
                 clock.cancel()
             return clean
         finally:
@@ -76,6 +79,14 @@ async def _open(server: uvicorn.Server, place: socket.socket) -> None:
     server.lifespan = server.config.lifespan_class(server.config)
     await server.on_tick(0)
     await server.startup(sockets=[place])
+
+
+def _by_stage(
+    listeners: Sequence[Listener], servers: Sequence[uvicorn.Server]
+) -> tuple[list[uvicorn.Server], list[uvicorn.Server]]:
+    """The servers that stop first, and those that outlast them."""
+    pairs = list(zip(listeners, servers, strict=True))
+    return [s for each, s in pairs if not each.outlasts], [s for each, s in pairs if each.outlasts]
 
 
 async def _keep_date(servers: Iterable[uvicorn.Server]) -> None:
