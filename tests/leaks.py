@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,11 @@ def _open_descriptors() -> set[str]:
 
 def _children() -> set[int]:
     """The processes that this one has started and not yet reaped."""
-    return {int(pid) for thread in _THREADS.iterdir() for pid in (thread / "children").read_text().split()}
+    found: set[int] = set()
+    for thread in _THREADS.iterdir():
+        with suppress(FileNotFoundError):  # a thread may end while we look
+            found.update(map(int, (thread / "children").read_text().split()))
+    return found
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ class Process:
     child: asyncio.subprocess.Process
     events: list[dict[str, object]] = field(default_factory=list)
     other_lines: list[str] = field(default_factory=list)
-    started: asyncio.Event = field(default_factory=asyncio.Event)
+    started: bool = False
     url: str = ""
     admin_url: str = ""
 
@@ -48,7 +48,7 @@ class Process:
         self.events.append(event)
         if event["event"] == "daemon.started":
             self.url, self.admin_url = f"http://{event['listen']}", f"http://{event['admin']}"
-            self.started.set()
+            self.started = True
 
     def seen(self, name: str) -> list[dict[str, object]]:
         """The events of that name so far."""
@@ -92,11 +92,21 @@ class System:
         """The processes of this machine that belong to guests of this system."""
         return processes_marked(self.mark)
 
-    async def at_rest(self, *, parked: int = 0, within_s: float = 10.0) -> None:
+    async def acted(self) -> None:
+        """Wait until some guest has acted."""
+        await until(self.journal)
+
+    async def at_rest(self, *, parked: int = 0) -> None:
         """Wait until no guest is left but `parked` ones: no process, no run directory."""
-        async with asyncio.timeout(within_s):
-            while len(list((self.state_root / "run").iterdir())) > parked or (not parked and self.guests()):
-                await asyncio.sleep(0.02)
+        run = self.state_root / "run"
+        await until(lambda: len(list(run.iterdir())) <= parked and (parked or not self.guests()))
+
+
+async def until(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
+    """Wait until `condition` holds; what other processes do can only be looked at."""
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.01)  # noqa: ASYNC110  # see above
 
 
 def processes_marked(mark: str) -> list[int]:
@@ -146,11 +156,8 @@ async def _read(running: Process) -> None:
 async def started(*running: Process) -> None:
     """Wait until all of them listen; whichever ends instead fails with what it said."""
     for each in running:
-        async with asyncio.timeout(STARTED_WITHIN_S):
-            while not each.started.is_set():
-                if each.child.returncode is not None:
-                    raise AssertionError(f"{each.name} ended with {each.child.returncode}: {each.other_lines}")
-                await asyncio.sleep(0.01)
+        await until(lambda each=each: each.started or each.child.returncode is not None, within_s=STARTED_WITHIN_S)
+        assert each.started, f"{each.name} ended with {each.child.returncode}: {each.other_lines}"
 
 
 @asynccontextmanager

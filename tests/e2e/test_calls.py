@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 
-from e2e.system import System
+from e2e.system import System, until
 from real_parts import needs
 
 pytestmark = needs("user-namespaces", "pidfd")
@@ -72,19 +72,18 @@ async def test_every_answer_says_where_it_came_from(running):
 
 async def test_a_parked_guest_is_used_and_replaced(running):
     """With a pool a call finds a guest that stands ready."""
-    async with asyncio.timeout(20):
-        while (await running.invoke("parked")).headers["fc-start"] != "pool":
-            pass
+    await until(lambda: running.node.seen("guest.parked"))
+    reply = await running.invoke("parked")
+    assert reply.headers["fc-start"] == "pool"
     reply = await running.invoke("parked", headers={"fc-require-start": "cold"})
     assert reply.status_code == 200
 
 
 async def test_pieces_of_a_reply_arrive_as_they_are_made(running):
     """Each piece is flushed; nobody waits for the whole."""
-    loop, arrived_s = asyncio.get_running_loop(), []
+    loop = asyncio.get_running_loop()
     async with running.client.stream("POST", running.front.url + "/invoke/flows?stream") as reply:
-        async for _ in reply.aiter_lines():
-            arrived_s.append(loop.time())
+        arrived_s = [loop.time() async for _ in reply.aiter_lines()]
     assert len(arrived_s) == 5
     assert arrived_s[-1] - arrived_s[0] > 0.3  # it takes 0.4 s to make them
 
@@ -131,9 +130,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(running):
     async with asyncio.TaskGroup() as calls:
         first = calls.create_task(running.invoke("narrow?linger"))
         second = calls.create_task(running.invoke("narrow?linger"))
-        async with asyncio.timeout(10):
-            while not running.node.seen("call.queued"):
-                await asyncio.sleep(0.01)
+        await until(lambda: running.node.seen("call.queued"))
         third = await running.invoke("narrow")
     assert (first.result().status_code, second.result().status_code) == (200, 200)
     assert (third.status_code, third.headers["fc-error"], third.headers["fc-ran"]) == (503, "capacity", "no")
@@ -168,16 +165,12 @@ async def test_when_the_caller_leaves_the_guest_is_killed(running, stage):
         assert running.journal() == []
         return
     what = {"head": "sleep", "body": "endless"}[stage]
-    async with asyncio.timeout(20):
-        async with asyncio.TaskGroup() as calls:
-            call = calls.create_task(leave_within(running, what, stage))
-            while not running.journal():
-                await asyncio.sleep(0.01)
-            if stage == "head":
-                call.cancel()
-    async with asyncio.timeout(1.5):  # its time limit is 2 s: it is not what ends the guest
-        while not running.node.seen("guest.gone"):
-            await asyncio.sleep(0.01)
+    async with asyncio.TaskGroup() as calls:
+        call = calls.create_task(leave_within(running, what, stage))
+        await running.acted()
+        if stage == "head":
+            call.cancel()
+    await until(lambda: running.node.seen("guest.gone"), within_s=1.5)  # its time limit is 2 s: that does not end it
 
 
 async def leave_within(running: System, what: str, stage: str) -> None:
