@@ -514,7 +514,7 @@ class MemoryTransport(_FlowControlMixin):
         self.is_gone = True
         if self._aborted:
             self.outgoing.lose_all()
-            self.outgoing.send_end(self.connection.network.dice.choice(list(End)))
+            self.outgoing.send_end(End.RESET if self._unread else self.connection.network.dice.choice(list(End)))
         elif self._unread:
             self.outgoing.send_end(End.RESET)
         elif not self._eof_written:
