@@ -54,9 +54,27 @@ def _pidfds_work() -> bool:
     return True
 
 
+SYSTEM_PYTHON = "/usr/bin/python3"
+"""The distribution's interpreter, which every user may run; the one of the tests may lie in somebody's home."""
+
+
+def _system_python_fits() -> bool:
+    """Whether it loads the extension modules that are installed for the tests' interpreter."""
+    ask = [SYSTEM_PYTHON, "-c", "import sys, venv; print(sys.implementation.cache_tag)"]
+    try:
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return told.strip() == sys.implementation.cache_tag
+
+
 PARTS: dict[str, Part] = {
     "root": Part(lambda: os.geteuid() == 0, "run the tests as root"),
     "user-namespaces": Part(_namespaces_can_be_made, "allow user namespaces: sysctl user.max_user_namespaces=10000"),
+    "system-python": program("/usr/bin/python3", "python3"),
+    "system-python": Part(
+        _system_python_fits, "install the distribution's Python of the tests' version, with venv", "python3-venv"
+    ),
     "pidfd": Part(_pidfds_work, "use Linux 5.3 or newer, and a sandbox that allows pidfd_open"),
 }
 """A part joins this table together with the first test that needs it."""

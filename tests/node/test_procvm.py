@@ -19,11 +19,13 @@ import uvloop
 
 from node.procvm_rig import GUESTS, ProcessRig, children, process_rig, workload
 from node.vmm_contract import NOBODY, PROMISES, Greeter, Promise, ask
+from real_parts import needs
 from substrate_guest import isolation
-from substrate_node.procvm import IsolationReport, Measure, ProcessVmm
 from substrate_node.processes.console import KEPT_BYTES
+from substrate_node.procvm import IsolationReport, Measure, ProcessVmm
 from substrate_node.procvm.dials import OPEN_MAX
 from substrate_node.procvm.guest import ProcessGuest
+from substrate_node.procvm.probe import MEASURES
 from substrate_node.vmm import VmmError
 from substrate_seam.invocation import Isolation
 from substrate_seam.workload import Workload, WorkloadSpec
@@ -31,7 +33,7 @@ from substrate_seam.workload import Workload, WorkloadSpec
 TESTS = Path(__file__).parent.parent
 SYSTEM_PYTHON = "/usr/bin/python3"
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user than")
+pytestmark = needs("user-namespaces", "pidfd")
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ async def test_a_guest_is_nobody_and_stays_nobody(rig: ProcessRig):
     assert seen["core"] == [0, 0]
 
 
-@as_root
+@needs("root")
 async def test_guests_of_root_are_other_users_and_different_ones(rig: ProcessRig):
     """What escapes from one is neither root nor the other."""
     one, other = [(await seen_by(rig, guest_id))["outer_uid"] for guest_id in ("g1", "g2")]
@@ -142,21 +144,37 @@ async def test_two_guests_see_nothing_of_each_other(rig: ProcessRig):
         await rig.vmm.discard(guest_id)
 
 
-@as_root
-@pytest.mark.skipif(not os.access(SYSTEM_PYTHON, os.X_OK), reason=f"needs {SYSTEM_PYTHON}, which every user can read")
+@needs("root", "system-python")
 def test_process_guests_of_an_ordinary_user_keep_the_contract_too():
     """Without any privilege: user namespaces alone give the guest all of this."""
-    with TemporaryDirectory() as home:  # not below pytest's, which is root's alone
-        command = [sys.executable, "-m", "node.procvm_user", home, SYSTEM_PYTHON]
-        done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen = seen_by_ordinary_users_guest()
+    assert set(seen["applied"]) == MEASURES.keys() - {"unprivileged-user"}
     assert (seen["uid"], seen["outer_uid"][1]) == (isolation.INNER_ID, "65534")
     assert not seen["exists"]
     assert seen["pids"] == ["1", "2"]
     assert set(seen["capabilities"]) == {"0" * 16}
     assert seen["interfaces"] == ["lo"]
     assert seen["unshare_user"] != 0
+
+
+@needs("root", "system-python")
+def test_process_guests_on_a_host_without_namespaces_keep_the_contract_and_say_what_is_missing():
+    """The guest is hardly isolated, and the report says so; it still ends as a whole group, and leaves nothing."""
+    seen = seen_by_ordinary_users_guest("bare")
+    assert set(seen["applied"]) == {
+        *("first-to-die", "resource-limits", "no-capabilities", "no-new-privileges", "dies-with-daemon")
+    }
+    assert len(seen["pids"]) > 2
+    assert seen["no_new_privs"] == "1"
+
+
+def seen_by_ordinary_users_guest(*how: str) -> dict[str, Any]:
+    """What the probe and a guest of user 65534 say, once it has kept all promises."""
+    with TemporaryDirectory() as home:  # not below pytest's, which is root's alone
+        command = [sys.executable, "-m", "node.procvm_user", home, SYSTEM_PYTHON, *how]
+        done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 # How it ends.

@@ -12,6 +12,7 @@ import pytest
 from fakes.vmm import FakeGuest, FakeVmm, GuestAnswer, GuestCall
 from node.procvm_rig import ProcessRig, process_rig
 from node.vmm_contract import PROMISES, Promise
+from real_parts import needs
 from simulation import virtual_time
 from simulation.network import Network
 from substrate_seam.invocation import Isolation
@@ -77,6 +78,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[ProcessRig]:
         yield rig
 
 
+@needs("pidfd")
 @each_promise
 async def test_process_guests_keep_the_contract(promise: Promise, rig: ProcessRig):
     """On this host, with real processes; the rig asserts that nothing is left."""

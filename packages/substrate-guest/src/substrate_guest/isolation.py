@@ -83,13 +83,14 @@ class Plan:
 
     `measures` names those that must be applied; None means to try each and tell what came of it. `user` is the outer
     user and group that a guest of root becomes. `visible` are the files and directories that the guest sees besides
-    the system's, `base` is any directory to build its file tree on, `writable_mib` bounds what it may write.
+    the system's, `base` is any directory to build its file tree on, `writable_mib` bounds what it may write. Without a
+    `cwd`, the command starts in the guest's home.
     """
 
     def __init__(self, members: dict[str, object]) -> None:
         self.argv: list[str] = members["argv"]  # type: ignore[assignment]  # the node wrote it a moment ago
         self.env: dict[str, str] = members["env"]  # type: ignore[assignment]
-        self.cwd: str = members["cwd"]  # type: ignore[assignment]
+        self.cwd: str | None = members["cwd"]  # type: ignore[assignment]
         self.hostname: str = members["hostname"]  # type: ignore[assignment]
         self.measures: list[str] | None = members["measures"]  # type: ignore[assignment]
         self.user: int = members["user"]  # type: ignore[assignment]
@@ -153,17 +154,25 @@ def main() -> NoReturn:
         measures.complete()
         report("isolated\t" + "\n".join(f"{name}\t{why}" for name, why in measures.outcomes.items()))
         if os.read(REPORT_FD, 16) == b"go":
-            run(plan)
+            run(plan, HOME if measures.has("private-files") else "/tmp")  # noqa: S108  # the host's, for want of its own
     except NotIsolated as error:
-        report(f"failed\t{error}")
+        fail(str(error))
     except OSError as error:
-        report(f"failed\t{error.filename or 'isolation'}\t{error.strerror}")
+        fail(f"{error.filename or 'isolation'}\t{error.strerror}")
     os._exit(1)
 
 
 def report(message: str) -> None:
     """Tell the node; raises `OSError` when it is gone."""
     os.write(REPORT_FD, message.encode(errors="replace"))
+
+
+def fail(message: str) -> NoReturn:
+    """End, and say why if there still is somebody to hear it."""
+    try:
+        report(f"failed\t{message}")
+    finally:
+        os._exit(1)
 
 
 def enter_namespaces(plan: Plan, measures: Measures, *, administers: bool) -> None:
@@ -190,7 +199,7 @@ def isolate(plan: Plan, measures: Measures, *, administers: bool) -> None:
         bring_loopback_up()
     if measures.has("mount-namespace"):
         measures.apply("private-files", enter_private_files, plan, measures, administers)
-    measures.apply("resource-limits", limit_resources)
+    measures.apply("resource-limits", limit_resources, administers or measures.has("user-namespace"))
     if administers:
         measures.apply("unprivileged-user", become, plan.user)
         measures.apply("user-namespace", enter_user_namespace)
@@ -201,12 +210,13 @@ def isolate(plan: Plan, measures: Measures, *, administers: bool) -> None:
     measures.apply("dies-with-daemon", call, "prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # a change of user resets it
 
 
-def run(plan: Plan) -> NoReturn:
+def run(plan: Plan, home: str) -> NoReturn:
     """Start the command, reap whatever ends, and end when the command does."""
-    os.chdir(plan.cwd)
+    os.chdir(plan.cwd or home)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     os.environ["PATH"] = plan.env["PATH"]
-    env = {**plan.env, "SUBSTRATE_LISTEN_FD": str(LISTEN_FD), "SUBSTRATE_DIAL_FD": str(DIAL_FD)}
+    sockets = {"SUBSTRATE_LISTEN_FD": str(LISTEN_FD), "SUBSTRATE_DIAL_FD": str(DIAL_FD)}
+    env = {"HOME": home, **plan.env, **sockets}
     command = os.posix_spawnp(plan.argv[0], plan.argv, env, setsigmask=[], setsigdef=[SIGPIPE, SIGXFSZ])
     report("up")
     os.closerange(0, REPORT_FD)
@@ -259,10 +269,12 @@ def bring_loopback_up() -> None:
         os.close(descriptor)
 
 
-def limit_resources() -> None:
-    """No core dumps; bounded descriptors and processes."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for which, most in ((resource.RLIMIT_NOFILE, DESCRIPTORS_MAX), (resource.RLIMIT_NPROC, PROCESSES_MAX)):
+def limit_resources(own_user: bool) -> None:  # noqa: FBT001  # via `apply`
+    """No core dumps, bounded descriptors; bounded processes too, unless the daemon's would count among them."""
+    bounds = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: DESCRIPTORS_MAX}
+    if own_user:
+        bounds[resource.RLIMIT_NPROC] = PROCESSES_MAX
+    for which, most in bounds.items():
         hard = resource.getrlimit(which)[1]
         bound = most if hard == resource.RLIM_INFINITY else min(hard, most)
         resource.setrlimit(which, (bound, bound))
@@ -272,8 +284,9 @@ def drop_capabilities() -> None:
     """Have none, and never get any."""
     call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     capability = 0
-    while _libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
-        call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+    while (held := _libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0)) >= 0:
+        if held:
+            call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
         capability += 1
     call("capset", struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
 
@@ -283,7 +296,7 @@ def drop_capabilities() -> None:
 
 def enter_private_files(plan: Plan, measures: Measures, administers: bool) -> None:  # noqa: FBT001  # via `apply`
     """Build the tree on a file system in memory, make it the root, and let go of the host's."""
-    owner = plan.user if administers and measures.wants("unprivileged-user") else INNER_ID
+    owner = plan.user if administers and measures.wants("unprivileged-user") else os.geteuid()
     inner = INNER_ID if measures.wants("user-namespace") else owner
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     mount("root", plan.base, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m,nr_inodes=4096")

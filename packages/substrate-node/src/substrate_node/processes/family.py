@@ -9,16 +9,20 @@ import signal
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 _RETRY_S = 0.002
+_PATIENCE_S = 5.0
+"""How long to wait for the rest of a group: once we have reaped our part, its number may come to mean another one."""
 
 
 class Family:
     """One process and the twin that it leaves, both children of this one and in a process group of their own.
 
     `ended` is done with the wait status of the twin (or of the first process, if there never was a twin) as soon as it
-    has ended; `gone` when both are reaped. With a pid namespace, nothing of the guest runs by then.
+    has ended; `gone` when both are reaped and the rest of the group is dead too. With a pid namespace, nothing of the
+    guest runs by then; without one, what left the group may.
 
     Start it on the loop's thread: the kernel counts the end of that thread as the end of the daemon.
     """
@@ -26,14 +30,14 @@ class Family:
     def __init__(self, argv: tuple[str, ...], descriptors: Sequence[int], *, own_session: bool = True) -> None:
         """Start `argv` with an empty environment and `descriptors` as its first ones, from 0.
 
-        Without a session of its own, it has only the group.
-        Raises `OSError`. No thread is used; the call blocks until the new process has its program (about 1 ms).
+        Without a session of its own, it has only the group. Raises `OSError`. No thread is used; the call blocks until the new process has its program (about 1 ms).
         """
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[int] = self._loop.create_future()
         self.gone: asyncio.Future[None] = self._loop.create_future()
         self._pidfds: dict[int, int] = {}  # of those alive, by pid
         self._dead: set[int] = set()
+        self._patient_until_s: float | None = None
         self.pid = _spawned(argv, descriptors, own_session=own_session)
         self._watch(self.pid)
 
@@ -44,7 +48,7 @@ class Family:
 
     def kill(self) -> None:
         """Send SIGKILL to all of it. The group's number cannot mean anybody else before both are reaped."""
-        if not self.gone.done():
+        if self._patient_until_s is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -58,10 +62,37 @@ class Family:
             while (reaped := os.waitpid(-self.pid, os.WNOHANG)) != (0, 0):
                 self._bury(*reaped)
         except ChildProcessError:
-            self.gone.set_result(None)
+            self.kill()  # what is left of the group in the very moment its last child of ours is reaped
+            self._patient_until_s = self._loop.time() + _PATIENCE_S
+            self._outlive()
         else:
             if not self._pidfds:
                 self._loop.call_later(_RETRY_S, self._reap)
+
+    def _outlive(self) -> None:
+        """Be done when the rest of the group is dead: without a pid namespace it dies after the twin."""
+        assert self._patient_until_s is not None
+        if self._loop.time() < self._patient_until_s and self._somebody_is_left():
+            self._loop.call_later(_RETRY_S, self._outlive)
+        else:
+            self.gone.set_result(None)
+
+    def _somebody_is_left(self) -> bool:
+        """Whether the group has living members; those that only wait to be reaped are nobody's concern."""
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return any(map(self._is_alive_member, Path("/proc").glob("[0-9]*/stat")))
+
+    def _is_alive_member(self, stat: Path) -> bool:
+        try:
+            state, _, group = stat.read_bytes().rpartition(b")")[2].split()[:3]
+        except OSError:
+            return False
+        return state not in {b"Z", b"X"} and int(group) == self.pid
 
     def _bury(self, pid: int, status: int) -> None:
         self._dead.add(pid)

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from substrate_node.processes.console import Console
-from substrate_node.procvm.dials import Dials
 from substrate_node.processes.family import Family, in_words, readable
-from substrate_node.procvm.record import RunDirectory
 from substrate_node.processes.usage import sampled
+from substrate_node.procvm.dials import Dials
+from substrate_node.procvm.record import RunDirectory
 from substrate_node.vmm import Exit, Inbound, P, Sample, VmmError
 
 _REPORT_BYTES_MAX = 65_536
@@ -71,6 +71,12 @@ class ProcessGuest:
 
         Raises `VmmError` if it ends before.
         """
+        try:
+            return await self._isolated()
+        except OSError as error:  # it ended between two of our steps
+            raise VmmError(f"boot: guest {self.guest_id} ended: {error}{self._last_words()}") from error
+
+    async def _isolated(self) -> dict[str, str]:
         outcomes: dict[str, str] | None = None
         while True:
             kind, _, rest = (await self._report()).partition("\t")
