@@ -58,6 +58,7 @@ PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 CAPABILITY_VERSION_3 = 0x2008_0522
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x4_0000
+SHOWN = MS_RDONLY | MS_NOSUID | MS_NODEV
 MNT_DETACH = 2
 SYS_CLONE = {"x86_64": 56}.get(os.uname().machine, 220)
 SYS_MOUNT_SETATTR = 442
@@ -301,6 +302,10 @@ def enter_private_files(plan: Plan, measures: Measures, administers: bool) -> No
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     mount("root", plan.base, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
     tree = Tree(plan.base)
+    for path in ("/dev", "/proc", *WRITABLE):
+        tree.make_directory(path)
+    make_devices(plan.base)
+    make_writable(plan, owner)  # before what is shown, some of which may lie below /tmp
     for path in (*SYSTEM, *(f"/etc/{name}" for name in SETTINGS)):
         if os.path.lexists(path):
             tree.show(path)
@@ -311,11 +316,7 @@ def enter_private_files(plan: Plan, measures: Measures, administers: bool) -> No
     tree.write("/etc/hosts", f"127.0.0.1 localhost {plan.hostname}\n::1 localhost\n")
     tree.write("/etc/hostname", f"{plan.hostname}\n")
     tree.write("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n")
-    for path in ("/dev", "/proc", *WRITABLE):
-        tree.make_directory(path)
-    set_attributes(plan.base, MS_RDONLY | MS_NOSUID | MS_NODEV, AT_RECURSIVE)
-    make_devices(plan.base)
-    make_writable(plan, owner)
+    set_attributes(plan.base, SHOWN, 0)
     if measures.has("pid-namespace"):  # before the root is changed: the kernel wants to see another proc beside it
         measures.apply("own-proc", mount, "proc", f"{plan.base}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.chdir(plan.base)
@@ -359,6 +360,7 @@ class Tree:
             self.write(path, "")
         self._shown.append(path)
         mount(path, self._base + path, "", MS_BIND | MS_REC)
+        set_attributes(self._base + path, SHOWN, AT_RECURSIVE)
 
     def make_directory(self, path: str) -> None:
         """Have a directory at `path` of the tree."""
