@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
@@ -58,6 +59,14 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 """The distribution's interpreter, which every user may run; the one of the tests may lie in somebody's home."""
 
 
+def _loops_can_be_mounted() -> bool:
+    """Whether the kernel itself can be asked what is in a file system."""
+    if os.geteuid() != 0 or shutil.which("losetup") is None or shutil.which("mount") is None:
+        return False
+    asked = subprocess.run(["losetup", "--find"], capture_output=True, timeout=30, check=False)
+    return asked.returncode == 0 and "\text4\n" in Path("/proc/filesystems").read_text()
+
+
 def _system_python_fits() -> bool:
     """Whether it loads the extension modules that are installed for the tests' interpreter."""
     ask = [SYSTEM_PYTHON, "-c", "import sys, venv; print(sys.implementation.cache_tag)"]
@@ -71,10 +80,12 @@ def _system_python_fits() -> bool:
 PARTS: dict[str, Part] = {
     "root": Part(lambda: os.geteuid() == 0, "run the tests as root"),
     "user-namespaces": Part(_namespaces_can_be_made, "allow user namespaces: sysctl user.max_user_namespaces=10000"),
-    "system-python": program("/usr/bin/python3", "python3"),
     "system-python": Part(
         _system_python_fits, "install the distribution's Python of the tests' version, with venv", "python3-venv"
     ),
+    "debugfs": program("debugfs", "e2fsprogs"),
+    "e2fsck": program("e2fsck", "e2fsprogs"),
+    "loop-mount": Part(_loops_can_be_mounted, "run the tests as root on a kernel with loop devices and ext4"),
     "pidfd": Part(_pidfds_work, "use Linux 5.3 or newer, and a sandbox that allows pidfd_open"),
 }
 """A part joins this table together with the first test that needs it."""

@@ -105,8 +105,8 @@ class System:
 async def until(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
     """Wait until `condition` holds; what other processes do can only be looked at."""
     async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.01)  # noqa: ASYNC110  # see above
+        while not condition():  # noqa: ASYNC110  # see above
+            await asyncio.sleep(0.01)
 
 
 def processes_marked(mark: str) -> list[int]:

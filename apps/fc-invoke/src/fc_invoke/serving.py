@@ -13,6 +13,7 @@ from substrate_cluster.auth import TokensRefused
 from substrate_cluster.catalog import TableInvalid
 from substrate_cluster.plane import CannotServe
 from substrate_node.state import StateRootUnusable
+from substrate_node.vmm import VmmError
 from substrate_seam.events import WarningRaised
 from substrate_service.address import ListenFailed
 from substrate_service.daemon import exit_status, run_daemon
@@ -21,7 +22,7 @@ from substrate_service.serving import run
 from substrate_service.settings import SettingsInvalid
 from substrate_service.signals import Stopping, stop_on_signals
 
-MISTAKES = (SettingsInvalid, TableInvalid, TokensRefused, CannotServe, StateRootUnusable, ListenFailed)
+MISTAKES = (SettingsInvalid, TableInvalid, TokensRefused, CannotServe, StateRootUnusable, VmmError, ListenFailed)
 """What an operator can get wrong; the words of each say what to do."""
 
 

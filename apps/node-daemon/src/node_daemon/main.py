@@ -11,6 +11,7 @@ from importlib.metadata import version
 from node_daemon.settings import Settings, read_settings
 from node_daemon.wiring import daemon
 from substrate_node.state import StateRootUnusable
+from substrate_node.vmm import VmmError
 from substrate_seam.tls import CertificateUnusable
 from substrate_service.address import ListenFailed
 from substrate_service.daemon import exit_status, run_daemon
@@ -19,7 +20,7 @@ from substrate_service.serving import run
 from substrate_service.settings import SettingsInvalid
 from substrate_service.signals import Stopping, stop_on_signals
 
-MISTAKES = (SettingsInvalid, StateRootUnusable, CertificateUnusable, ListenFailed)
+MISTAKES = (SettingsInvalid, StateRootUnusable, VmmError, CertificateUnusable, ListenFailed)
 """What an operator can get wrong; the words of each say what to do."""
 
 
