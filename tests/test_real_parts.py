@@ -1,5 +1,6 @@
 """A run tells honestly which parts of the machine it lacked, and a full run insists on them."""
 
+import hypothesis
 import pytest
 
 import real_parts
@@ -25,7 +26,9 @@ def machine(monkeypatch, pytester):
     monkeypatch.delenv("SUBSTRATE_TESTS_EXCUSED", raising=False)
     monkeypatch.delenv("SUBSTRATE_SEED", raising=False)
     monkeypatch.setitem(real_parts.PARTS, "unobtainium", Part(lambda: False, "look elsewhere", "unobtainium-dev"))
+    pytester.makeini("[pytest]")  # so that it looks for no other
     pytester.makepyfile(ONE_TEST)
+    profile, budget = hypothesis.settings.get_current_profile_name(), hypothesis.settings.default
 
     def run(*, given=False, **environment):
         for name, value in environment.items():
@@ -37,6 +40,8 @@ def machine(monkeypatch, pytester):
 
     yield run
     real_parts.is_present.cache_clear()
+    hypothesis.settings.register_profile(profile, budget)
+    hypothesis.settings.load_profile(profile)
 
 
 def test_a_plain_run_leaves_out_what_it_cannot_do_and_says_so_last(machine):

@@ -29,6 +29,7 @@ PLANTS = [
     ("agent", "cluster_agent/__init__.py", "import substrate_guest.shim"),
     ("daemon", "node_daemon/__init__.py", "import substrate_cluster.auth"),
     ("pure", "substrate_seam/durations.py", "import socket"),
+    ("pure", "substrate_cluster/placement/policy.py", "import os"),
     ("pure", "substrate_node/slots.py", "from substrate_node import reaper"),
     ("simulated", "substrate_node/reaper.py", "from time import monotonic"),
 ]
