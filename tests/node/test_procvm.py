@@ -26,7 +26,7 @@ from substrate_node.procvm import IsolationReport, Measure, ProcessVmm
 from substrate_node.procvm.dials import OPEN_MAX
 from substrate_node.procvm.guest import ProcessGuest
 from substrate_node.procvm.probe import MEASURES
-from substrate_node.vmm import VmmError
+from substrate_node.vmm import CONTROL_PORT, VmmError
 from substrate_seam.invocation import Isolation
 from substrate_seam.workload import Workload, WorkloadSpec
 
@@ -107,6 +107,13 @@ async def test_a_guest_is_nobody_and_stays_nobody(rig: ProcessRig):
     assert seen["core"] == [0, 0]
 
 
+async def test_a_guest_is_kept_from_the_kernels_darker_corners(rig: ProcessRig):
+    """Its sockets were made by the host, and would tell it of the host's network; others have a history of holes."""
+    seen = await seen_by(rig, "g1")
+    assert [seen[call] for call in ("netdevices", "keys", "io_uring")] == ["PermissionError"] * 3
+    assert seen["unix_ioctl"].startswith("b'"), "other ioctls work"
+
+
 @needs("root")
 async def test_guests_of_root_are_other_users_and_different_ones(rig: ProcessRig):
     """What escapes from one is neither root nor the other."""
@@ -162,7 +169,8 @@ def test_process_guests_on_a_host_without_namespaces_keep_the_contract_and_say_w
     """The guest is hardly isolated, and the report says so; it still ends as a whole group, and leaves nothing."""
     seen = seen_by_ordinary_users_guest("bare")
     assert set(seen["applied"]) == {
-        *("first-to-die", "resource-limits", "no-capabilities", "no-new-privileges", "dies-with-daemon")
+        *("first-to-die", "resource-limits", "no-capabilities", "no-new-privileges", "dies-with-daemon"),
+        "system-call-filter",
     }
     assert len(seen["pids"]) > 2
     assert seen["no_new_privs"] == "1"
@@ -175,6 +183,14 @@ def seen_by_ordinary_users_guest(*how: str) -> dict[str, Any]:
         done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+async def test_the_wheel_for_guests_serves_in_one(rig: ProcessRig):
+    """The launcher, the view of the interpreter and the shim fit together."""
+    command = ("python", "-m", "substrate_guest", "serve", "substrate_guest.workloads.echo:app")
+    guest = await rig.vmm.boot(workload(command=command, path=None), "g1", NOBODY)
+    assert (await ask(guest, "/shim/healthz", port=CONTROL_PORT))[0] == 200
+    await rig.vmm.discard("g1")
 
 
 # How it ends.

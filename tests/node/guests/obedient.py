@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
 import os
 import resource
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 
 CONTROL, DATA = 1028, 1027
+SIOCGIFINDEX, FIONREAD = 0x8933, 0x541B
 
 
 def serve() -> None:
@@ -116,6 +119,15 @@ def names(directory: str) -> list[str]:
     return sorted(path.name for path in Path(directory).iterdir())
 
 
+def system_call(*numbers: int) -> int:
+    """Make a system call; raises `OSError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.syscall(*map(ctypes.c_long, numbers))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
 def see(path: str) -> dict[str, object]:
     """Tell what a guest can see and do, and whether it sees `path`."""
     status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
@@ -145,6 +157,12 @@ def see(path: str) -> dict[str, object]:
         "tmp": names("/tmp"),
         "unshare_user": subprocess.run(["unshare", "-U", "true"], capture_output=True, check=False).returncode,
         "unshare_mount": subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode,
+        "netdevices": attempt(
+            lambda: fcntl.ioctl(int(os.environ["SUBSTRATE_LISTEN_FD"]), SIOCGIFINDEX, b"lo" + bytes(38))
+        ),
+        "unix_ioctl": attempt(lambda: fcntl.ioctl(int(os.environ["SUBSTRATE_DIAL_FD"]), FIONREAD, bytes(4))),
+        "keys": attempt(lambda: system_call({"x86_64": 250}.get(os.uname().machine, 219), 0, -3, 0, 0, 0)),
+        "io_uring": attempt(lambda: system_call(425, 1, 0)),
         "writable_mib": os.statvfs("/tmp").f_blocks * os.statvfs("/tmp").f_frsize / 2**20,
         "core": resource.getrlimit(resource.RLIMIT_CORE),
     }

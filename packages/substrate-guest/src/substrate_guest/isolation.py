@@ -13,6 +13,7 @@ says `go`; if it is gone instead, nothing is run.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import marshal
 import os
@@ -60,8 +61,19 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x4_0000
 SHOWN = MS_RDONLY | MS_NOSUID | MS_NODEV
 MNT_DETACH = 2
-SYS_CLONE = {"x86_64": 56}.get(os.uname().machine, 220)
 SYS_MOUNT_SETATTR = 442
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+BPF_LOAD, BPF_AND, BPF_EQUAL, BPF_AT_LEAST, BPF_RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+ALLOW, DENY, UNKNOWN = 0x7FFF_0000, 0x5_0000 | errno.EPERM, 0x5_0000 | errno.ENOSYS
+
+MACHINES = {
+    # audit architecture, clone, ioctl, then: add_key, request_key, keyctl, perf_event_open, bpf, userfaultfd
+    "x86_64": (0xC000_003E, 56, 16, (248, 249, 250, 298, 321, 323)),
+    "aarch64": (0xC000_00B7, 220, 29, (217, 218, 219, 241, 280, 282)),
+}
+IO_URING = (425, 426, 427)
+X32 = 0x4000_0000
+"""Numbers of system calls; from 424 on they are the same on every machine. x86-64 has another set from `X32` on."""
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 AF_INET, SOCK_DGRAM, SOCK_CLOEXEC = 2, 2, 0x8_0000
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
@@ -208,6 +220,7 @@ def isolate(plan: Plan, measures: Measures, *, administers: bool) -> None:
         measures.apply("no-nested-namespaces", forbid_nested_namespaces)
     measures.apply("no-capabilities", drop_capabilities)
     measures.apply("no-new-privileges", call, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    measures.apply("system-call-filter", filter_system_calls)
     measures.apply("dies-with-daemon", call, "prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # a change of user resets it
 
 
@@ -290,6 +303,40 @@ def drop_capabilities() -> None:
             call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
         capability += 1
     call("capset", struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
+
+
+def filter_system_calls() -> None:
+    """Refuse what the workloads of a guest have no use for, and what the kernel does not keep apart by namespaces.
+
+    The ioctls of network devices are among it: a socket that was made by the host still answers them for the host.
+    """
+    program = system_call_filter()
+    instructions = ctypes.create_string_buffer(program)
+    head = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(instructions))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, head)
+
+
+def system_call_filter() -> bytes:
+    """The program of the filter; raises `OSError` on a machine whose numbers we do not know.
+
+    Each instruction is (code, jump if true, jump if false, operand); a jump of 0 goes on to the next one.
+    """
+    try:
+        architecture, _, ioctl, denied = MACHINES[os.uname().machine]
+    except KeyError as error:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), f"a filter for {error}") from None
+    number, machine, second_argument = 0, 4, 24  # where the kernel puts them
+    program = [
+        *((BPF_LOAD, 0, 0, machine), (BPF_EQUAL, 1, 0, architecture), (BPF_RETURN, 0, 0, UNKNOWN)),
+        *((BPF_LOAD, 0, 0, number), (BPF_AT_LEAST, 0, 1, X32), (BPF_RETURN, 0, 0, UNKNOWN)),
+    ]
+    for refused in (*denied, *IO_URING):
+        program += [(BPF_EQUAL, 0, 1, refused), (BPF_RETURN, 0, 0, DENY)]
+    program += [
+        *((BPF_EQUAL, 0, 3, ioctl), (BPF_LOAD, 0, 0, second_argument), (BPF_AND, 0, 0, 0xFFFF_FF00)),
+        *((BPF_EQUAL, 1, 0, 0x8900), (BPF_RETURN, 0, 0, ALLOW), (BPF_RETURN, 0, 0, DENY)),
+    ]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
 # The guest's file tree.
@@ -444,9 +491,10 @@ def may_administer() -> bool:
 
 def clone_and_leave() -> None:
     """Return in a twin that is the node's child and, with a pid namespace, its first process; this one exits."""
+    number = MACHINES.get(os.uname().machine, MACHINES["aarch64"])[1]  # which newer machines share
     python = ctypes.pythonapi
     python.PyOS_BeforeFork()
-    twin = _libc.syscall(*map(ctypes.c_long, (SYS_CLONE, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0)))
+    twin = _libc.syscall(*map(ctypes.c_long, (number, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0)))
     if twin == 0:
         python.PyOS_AfterFork_Child()
         return

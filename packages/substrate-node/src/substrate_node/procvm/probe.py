@@ -20,6 +20,7 @@ MEASURES = {
     "no-nested-namespaces": "cannot make namespaces to gain capabilities in",
     "no-capabilities": "no capabilities, and none to get",
     "no-new-privileges": "no gain from set-user-id programs",
+    "system-call-filter": "none of the kernel's darker corners: keys, BPF, io_uring, devices of the host's network",
     "resource-limits": "bounded descriptors and processes, no core dumps",
     "first-to-die": "the kernel kills it before the daemon when memory runs out",
     "dies-with-daemon": "ends when the daemon does, however that ends",

@@ -89,7 +89,9 @@ async def sweep(run: Path) -> tuple[Orphan, ...]:
     For the start of a daemon that holds the lock of the state root; waits some seconds for each process at most.
     """
     orphans = []
-    for name in sorted(os.listdir(run)):  # noqa: PTH208  # and ASYNC240 for a Path; nothing else runs yet
+    with os.scandir(run) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    for name in names:
         directory = RunDirectory(run, name)
         orphans.append(Orphan(name, await directory.kill_orphan()))
         directory.remove()
