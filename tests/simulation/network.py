@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf, nextafter
 from random import Random
 from typing import Any, TypeVar
 
@@ -299,7 +300,8 @@ class Direction:
         if self._is_cut:
             loop.call_later(self._network.latency_s(), self._sender.arrived, End.RESET)
             return
-        self._due_s = max(self._due_s, loop.time() + self._network.latency_s())  # nothing overtakes
+        # Nothing overtakes, and no two are due at once: the loop would run their timers in any order.
+        self._due_s = max(nextafter(self._due_s, inf), loop.time() + self._network.latency_s())
         self._wire.append((item, loop.call_at(self._due_s, self._arrive)))
 
     def _arrive(self) -> None:
