@@ -4,10 +4,11 @@ A world is an async context manager made from dice. It yields a `Bench` and, at 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from uvicorn.server import ServerState
@@ -96,6 +97,8 @@ class Bench:
     journal: list[tuple[str, int]]
     left: Callable[[], list[str]]
     """Names what is left of calls: guests, slots, memory, places in a queue."""
+    background: Callable[[Coroutine[Any, Any, object]], object]
+    """Lets something go on beside the story; the world waits for its end."""
     outcomes: list[Outcome] = field(default_factory=list)
     _minted: int = 0
 
@@ -145,9 +148,9 @@ class Bench:
         """How often a guest wrote down that it acts on this invocation."""
         return [noted for noted, _ in self.journal].count(invocation_id)
 
-    async def settled(self) -> None:
+    async def settled(self, within_s: float = SETTLE_S) -> None:
         """Give everything the time to go, and insist that it has gone and that every caller was told the truth."""
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(within_s)
         assert not self.left()
         assert len(self.journal) == len(set(self.journal)), "something ran twice"
         for outcome in self.outcomes:
@@ -172,8 +175,8 @@ World = Callable[[Random], AbstractAsyncContextManager[Bench]]
 @asynccontextmanager
 async def local_node(dice: Random) -> AsyncIterator[Bench]:
     """A node in this process."""
-    async with machine(dice) as there, running(there) as node:
-        yield there.bench(node)
+    async with machine(dice) as there, running(there) as node, asyncio.TaskGroup() as background:
+        yield there.bench(node, background)
 
 
 @asynccontextmanager
@@ -186,9 +189,14 @@ async def remote_node(dice: Random) -> AsyncIterator[Bench]:
 @asynccontextmanager
 async def wired(dice: Random, **patience: float) -> AsyncIterator["Wire"]:
     """As `remote_node`, with the wire itself at hand."""
-    async with machine(dice) as there, running(there) as here, served(here, there):
-        async with speaking_to(there.network, **patience) as node:
-            yield Wire(there.bench(node), node, there)
+    async with (
+        machine(dice) as there,
+        running(there) as here,
+        served(here, there),
+        speaking_to(there.network, **patience) as node,
+        asyncio.TaskGroup() as background,
+    ):
+        yield Wire(there.bench(node, background), node, there)
 
 
 @dataclass
@@ -200,9 +208,9 @@ class Machine:
     events: list[Event] = field(default_factory=list)
     node: LocalNode | None = None
 
-    def bench(self, node: Node) -> Bench:
+    def bench(self, node: Node, background: asyncio.TaskGroup) -> Bench:
         """A bench for the node of this machine, or for what stands for it."""
-        return Bench(node, self.vmm.faults, self.vmm.journal, self.left)
+        return Bench(node, self.vmm.faults, self.vmm.journal, self.left, background.create_task)
 
     def left(self) -> list[str]:
         """What calls have left; bases and parked guests are no call's."""
