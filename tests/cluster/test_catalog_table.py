@@ -69,7 +69,7 @@ def test_the_table_of_the_go_daemon_is_accepted_as_it_is():
     assert {entry.workload.spec.guest for entry in table.entries.values()} == {"go-shim"}
     assert agent.workload.spec.sessioned
     assert agent.workload.spec.egress_enabled
-    assert agent.workload.spec.requires == ("sessioned",)
+    assert agent.workload.spec.requires == ("egress", "sessioned")
     assert [warning.path for warning in table.warnings] == ["agent.egressSecrets"]
 
 
@@ -147,22 +147,27 @@ def test_every_field_arrives_where_it_belongs():
     assert (spec.warm_base, spec.sessioned, spec.egress_enabled, spec.prime_egress) == (True, True, True, True)
     assert (spec.ready_path, spec.isolation, spec.guest) == ("/ready", Isolation.PROCESS, "substrate")
     assert spec.egress == EgressRules(allow=("*.a.example", "b.example:443"), deny=("[2001:db8::1]:80",))
-    assert spec.requires == ("egress-rules", "pool", "sessioned")
+    assert spec.requires == ("egress", "egress-rules", "pool", "sessioned")
     assert table.warnings == ()
 
 
 @pytest.mark.parametrize(
-    ("fields", "feature"),
+    ("fields", "features"),
     [
-        ({"sessioned": True}, "sessioned"),
-        ({"pool": 1}, "pool"),
-        ({"egressEnabled": True, "egress": {"allow": ["a.example"]}}, "egress-rules"),
+        ({"sessioned": True}, ["sessioned"]),
+        ({"pool": 1}, ["pool"]),
+        ({"egressEnabled": True}, ["egress"]),
+        ({"egressEnabled": True, "egress": {"allow": ["a.example"]}}, ["egress", "egress-rules"]),
     ],
 )
-def test_a_safeguard_is_required_of_nodes(fields, feature):
-    """A node too old to know it refuses the workload, instead of running it without."""
-    assert parse_one(**PROCESS, **fields).workload.spec.requires == (feature,)
-    assert feature in FEATURES
+def test_a_safeguard_is_required_of_nodes(fields, features):
+    """A node that does not know it refuses the workload, instead of running it without."""
+    assert parse_one(**PROCESS, **fields).workload.spec.requires == tuple(features)
+
+
+def test_nodes_know_what_this_version_can_do_and_no_more():
+    """Nothing reaches the network from a guest of this version, so no node claims to."""
+    assert {"sessioned", "pool"} == FEATURES
 
 
 @pytest.mark.parametrize(

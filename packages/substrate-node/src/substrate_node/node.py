@@ -270,7 +270,7 @@ class LocalNode:
             raise GuestUnavailable(
                 Reason.INCOMPATIBLE,
                 f"{workload.name!r} requires {', '.join(unknown)}, which node {self.node_id!r} does not know",
-                hint="Upgrade the node.",
+                hint="Upgrade the node, or do without.",
             )
         refusals = []
         for vmm in self._vmms:

@@ -13,7 +13,7 @@ from substrate_seam.invocation import Isolation, WorkloadRef
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]  # `$` would take a trailing newline
 Positive = Annotated[int, Meta(ge=1)]
 
-FEATURES = frozenset({"sessioned", "egress-rules", "pool"})
+FEATURES = frozenset({"sessioned", "pool"})
 """What a node of this version knows of `WorkloadSpec.requires`."""
 
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
@@ -59,9 +60,22 @@ class Metrics(Collector):
         """Everything counted so far, as `CONTENT_TYPE`."""
         return generate_latest(self._registry)
 
+    def published(self) -> tuple[Published, ...]:
+        """What there is to be counted, whether it has been or not."""
+        return tuple(metric.published() for metric in (self._events, *self._metrics))
+
     def collect(self) -> Iterator[Family]:
         """Every metric (the registry calls this)."""
         return (metric.family() for metric in (self._events, *self._metrics))
+
+
+class Published(Struct, frozen=True):
+    """One metric as scrapers find it: counters have their `_total`."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    about: str
 
 
 class _Metric(ABC):
@@ -73,6 +87,12 @@ class _Metric(ABC):
         self._about = about
         self._labels = labels
         self._values: dict[Labels, Any] = {}
+
+    def published(self) -> Published:
+        """How scrapers find it."""
+        family = self.family()
+        name = f"{self._name}_total" if family.type == "counter" else self._name
+        return Published(name, family.type, self._labels, self._about)
 
     @abstractmethod
     def record(self, measured: Measured) -> None:

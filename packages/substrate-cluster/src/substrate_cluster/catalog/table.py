@@ -261,5 +261,10 @@ def _sealed(name: str, entry: WorkloadEntry) -> Entry:
 
 def _requires(entry: WorkloadEntry) -> tuple[str, ...]:
     """The features without which a node must not run this, because it would ignore a safeguard."""
-    needs = {"egress-rules": "egress" in entry, "pool": entry.get("pool", 0) > 0, "sessioned": entry.get("sessioned")}
+    needs = {
+        "egress": entry.get("egressEnabled"),
+        "egress-rules": "egress" in entry,
+        "pool": entry.get("pool", 0) > 0,
+        "sessioned": entry.get("sessioned"),
+    }
     return tuple(feature for feature, needed in needs.items() if needed)
