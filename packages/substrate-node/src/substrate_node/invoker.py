@@ -382,23 +382,22 @@ class Claim:
         await self._guest.dial(lambda: exchange)
 
     async def _start_over(self, why: str) -> None:
-        started, guest = self._started, self._guest
+        started = self._started
         assert started is not None
-        assert guest is not None
-        self._heed_no_death(guest)
+        self._stop_death_timer()
         await self._start_failed(started.start, why)
         await self._start(StartFailure(why))
 
-    def _guest_died(self, _: asyncio.Future[Exit]) -> None:
+    def _guest_died(self, exited: asyncio.Future[Exit]) -> None:
+        if self._returning is not None or self._guest is None or self._guest.exited is not exited:
+            return  # it was to end, and may have been replaced
         self._death_timer = self._loop.call_later(DEATH_GRACE_S, self._fail_dead)
 
     def _fail_dead(self) -> None:
         if self._exchange is not None:
             self._exchange.fail(GuestFailed("the guest died"))
 
-    def _heed_no_death(self, guest: Guest) -> None:
-        """This guest may end from now on."""
-        guest.exited.remove_done_callback(self._guest_died)
+    def _stop_death_timer(self) -> None:
         if self._death_timer is not None:
             self._death_timer.cancel()
 
@@ -464,6 +463,7 @@ class Claim:
         """Stop the exchange and stop waiting at once; the rest is the reaper's, whatever becomes of us."""
         if self._returning is None:
             exchange, ticket = self._exchange, self._ticket
+            self._stop_death_timer()
             if exchange is not None:
                 self._given_up = exchange.error is None and not exchange.whole
                 exchange.close()
@@ -477,7 +477,6 @@ class Claim:
         """The one way back: read what was used, kill and reap, free, clean up in the background."""
         guest = self._guest
         if guest is not None:
-            self._heed_no_death(guest)
             self._sample = self._sample or self._sampled()
         died = guest.exited.result() if guest is not None and guest.exited.done() else None
         if self._discarding is not None:
