@@ -177,7 +177,19 @@ def test_links_on_the_way_to_what_is_shown_are_shown_too(launch, tmp_path: Path)
 
 def test_the_launcher_imports_little():
     """Every cold start waits for it."""
-    slow = {"json", "re", "enum", "typing", "socket", "pathlib", "subprocess", "dataclasses", "signal", "asyncio"}
+    slow = {
+        "json",
+        "re",
+        "enum",
+        "typing",
+        "socket",
+        "pathlib",
+        "subprocess",
+        "dataclasses",
+        "signal",
+        "contextlib",
+        "asyncio",
+    }
     argv = isolation.argv(sys.executable)
     program = argv[-1].replace("isolation.main()", "print(*sys.modules)")
     loaded = subprocess.run([*argv[:-1], program], capture_output=True, text=True, timeout=WITHIN_S, check=True)

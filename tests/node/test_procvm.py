@@ -216,6 +216,15 @@ async def test_a_command_that_is_killed_is_told_by_its_signal(rig: ProcessRig, s
     await rig.vmm.discard("g1")
 
 
+async def test_a_command_that_ends_at_once_was_up_none_the_less(rig: ProcessRig):
+    """Its boot succeeds, whichever of its reports and its end is heard first."""
+    brief = Workload.of(WorkloadSpec(name="brief", command=("true",)))
+    for _ in range(10):
+        guest = await rig.vmm.boot(brief, "g1", NOBODY)
+        assert (await asyncio.wait_for(asyncio.shield(guest.exited), 10)).words == "exit status 0"
+        await rig.vmm.discard("g1")
+
+
 async def test_the_last_words_of_a_guest_are_told_without_power_over_the_reader(rig: ProcessRig):
     """Control characters are spelled out."""
     guest = await rig.vmm.boot(rig.workload, "g1", NOBODY)

@@ -252,6 +252,10 @@ def volunteer_to_the_oom_killer() -> None:
 
 def become(user: int) -> None:
     """Give up root for a user and group that nobody else has."""
+    try:  # noqa: SIM105  # contextlib is slow to import
+        drop_bounding_set()  # now, as it may be that no user namespace follows in which it could be dropped
+    except PermissionError:
+        pass  # `no-capabilities` will tell
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
@@ -297,12 +301,17 @@ def limit_resources(own_user: bool) -> None:  # noqa: FBT001  # via `apply`
 def drop_capabilities() -> None:
     """Have none, and never get any."""
     call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    drop_bounding_set()
+    call("capset", struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
+
+
+def drop_bounding_set() -> None:
+    """Leave no capability that a program could gain."""
     capability = 0
     while (held := _libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0)) >= 0:
         if held:
             call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
         capability += 1
-    call("capset", struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
 
 
 def filter_system_calls() -> None:

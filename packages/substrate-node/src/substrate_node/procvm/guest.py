@@ -11,13 +11,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from substrate_node.processes.console import Console
-from substrate_node.processes.family import Family, in_words, readable
+from substrate_node.processes.family import Family, in_words
 from substrate_node.processes.usage import sampled
 from substrate_node.procvm.dials import Dials
 from substrate_node.procvm.record import RunDirectory
+from substrate_node.procvm.reports import Reports
 from substrate_node.vmm import Exit, Inbound, P, Sample, VmmError
-
-_REPORT_BYTES_MAX = 65_536
 
 
 class ProcessGuest:
@@ -50,8 +49,8 @@ class ProcessGuest:
                 theirs.callback(sock.close)
             os.set_blocking(console, False)
             theirs.callback(os.close, their_console)
-            self._reports = reports
-            undo.callback(reports.close)
+            self._reports = Reports(reports)
+            undo.callback(self._reports.close)
             self._dials = Dials(dials, inbound)
             undo.callback(self._dials.close)
             self._console = Console(console)
@@ -63,7 +62,6 @@ class ProcessGuest:
             sockets = (listener.fileno(), their_dials.fileno(), their_reports.fileno())
             self._family = Family(launcher, (plan_fd, their_console, their_console, *sockets))
             undo.pop_all()
-        self._reports.settimeout(0)
         self._family.ended.add_done_callback(self._on_end)
 
     async def isolated(self) -> dict[str, str]:
@@ -115,39 +113,23 @@ class ProcessGuest:
 
     async def _report(self) -> str:
         """What the guest says next about itself. Raises `VmmError` if it ends instead."""
-        await readable(self._reports)
-        try:
-            message = self._reports.recv(_REPORT_BYTES_MAX)
-        except OSError:
-            message = b""
-        if not message:
+        message = await self._reports.next()
+        if message is None:
             await asyncio.wait({self._family.gone})
-            raise VmmError(
-                f"boot: guest {self.guest_id} ended: {in_words(self._family.ended.result())}{self._last_words()}"
-            )
-        return message.decode(errors="replace")
+            words = in_words(self._family.ended.result())
+            raise VmmError(f"boot: guest {self.guest_id} ended: {words}{self._last_words()}")
+        return message
 
     def _last_words(self) -> str:
         text = self._console.text
         return f"; its console ends with:\n{text}" if text else ""
 
     def _on_end(self, ended: asyncio.Future[int]) -> None:
-        status = self._told_status()
         self._console.close()
         self._dials.close()
         self._reports.close()
-        self.exited.set_result(Exit(in_words(ended.result() if status is None else status), self._console.text))
-
-    def _told_status(self) -> int | None:
-        """The wait status of the command, which the first process, unable to end by a signal, can only tell."""
-        status = None
-        try:
-            while message := self._reports.recv(_REPORT_BYTES_MAX):
-                kind, _, rest = message.partition(b"\t")
-                status = int(rest) if kind == b"ended" else status
-        except (OSError, ValueError):
-            pass
-        return status
+        status = ended.result() if self._reports.status is None else self._reports.status
+        self.exited.set_result(Exit(in_words(status), self._console.text))
 
 
 def _two_fields(line: str) -> tuple[str, str]:
