@@ -210,6 +210,8 @@ class RemoteNode:
                     heard = True
                     connection.bound(self.patience.silence_s)
                     yield report
+            if not heard:
+                raise Broken("its reports came to nothing")
         except Broken as broken:
             if not heard:
                 raise self.unreachable(str(broken)) from broken
