@@ -1,0 +1,77 @@
+"""The settings that several daemons share mean the same under each prefix."""
+
+from pathlib import Path
+
+import pytest
+
+from substrate_service.address import TcpAddress
+from substrate_service.settings import EnvironmentReader, SettingsInvalid
+from substrate_service.shared_settings import TlsFiles, read_front, read_node, read_tls
+
+
+def front(**environment):
+    reader = EnvironmentReader({f"X_{name}": value for name, value in environment.items()}, prefix="X_")
+    settings = read_front(reader, "X_")
+    reader.finish()
+    return settings
+
+
+def problems(read, **environment):
+    with pytest.raises(SettingsInvalid) as invalid:
+        read(**environment)
+    return str(invalid.value)
+
+
+def test_without_configuration_everything_is_on_this_machine_and_bounded():
+    """Loopback, caps and budgets are there without anybody asking for them."""
+    settings = front()
+    assert settings.listen == TcpAddress("127.0.0.1", 8080)
+    assert settings.admin_listen == TcpAddress("127.0.0.1", 8081)
+    assert (settings.caller_limit, settings.body_limit_bytes) == (64, 8 * 2**20)
+    assert (settings.body_budget_bytes, settings.body_within_s, settings.drain_within_s) == (256 * 2**20, 30.0, None)
+
+
+def test_an_open_admin_listener_needs_a_token():
+    """Operators' pages are for this machine, or for whoever has the token."""
+    assert "X_ADMIN_TOKEN_FILE" in problems(front, ADMIN_LISTEN_ADDR=":8081")
+    assert front(ADMIN_LISTEN_ADDR=":8081", ADMIN_TOKEN_FILE="/t").admin_token_file == Path("/t")
+
+
+def test_callers_that_only_kubernetes_could_review_are_refused():
+    """Better no daemon than one that lets in whom it should have asked about."""
+    assert "X_TOKENS_FILE" in problems(front, ALLOWED_CALLERS="system:serviceaccount:prod:web")
+
+
+def test_all_problems_are_told_at_once():
+    """One start, one list."""
+    told = problems(front, LISTEN_ADDR="nowhere", BODY_LIMIT="much", BODY_TIMEOUT="30", CALER_LIMIT="1")
+    for variable in ("X_LISTEN_ADDR", "X_BODY_LIMIT", "X_BODY_TIMEOUT", "X_CALER_LIMIT"):
+        assert variable in told
+    assert "X_CALLER_LIMIT" in told  # what was meant
+
+
+def test_a_node_is_called_as_the_machine_unless_somebody_names_it():
+    """`NODE_NAME` of the downward API comes before the host's name, the daemon's own setting before both."""
+
+    def node_id(**environment):
+        return read_node(EnvironmentReader(environment, prefix="X_"), "X_", environment).node_id
+
+    assert node_id(X_NODE="a", NODE_NAME="b") == "a"
+    assert node_id(NODE_NAME="b") == "b"
+    assert node_id() != ""
+
+
+def test_a_half_configured_certificate_is_refused_by_the_missing_half():
+    """All three files or none."""
+
+    def tls(**environment):
+        reader = EnvironmentReader({f"X_TLS_{name}_FILE": value for name, value in environment.items()}, prefix="X_")
+        files = read_tls(reader, "X_")
+        reader.finish()
+        return files
+
+    assert tls() is None
+    assert tls(CERT="/c", KEY="/k", CA="/a") == TlsFiles(cert=Path("/c"), key=Path("/k"), ca=Path("/a"))
+    told = problems(tls, CERT="/c")
+    assert "X_TLS_KEY_FILE" in told
+    assert "X_TLS_CA_FILE" in told
