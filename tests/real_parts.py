@@ -163,7 +163,8 @@ def pytest_terminal_summary(terminalreporter):
     left_out: dict[str, int] = defaultdict(int)
     for outcome in ("skipped", "failed", "error"):
         for report in terminalreporter.getreports(outcome):
-            for part in {value for key, value in report.user_properties if key == "absent"}:
+            said = getattr(report, "user_properties", ())  # a file that can't be collected has none
+            for part in {value for key, value in said if key == "absent"}:
                 left_out[part] += 1
     terminalreporter.section("real parts of the machine")
     for part, tests in sorted(left_out.items()):

@@ -46,8 +46,8 @@ class Contents:
 
     def seal(self) -> None:
         """Fill up the last block: from now on the file is read only."""
+        self.file.write(bytes(self._blocks * BLOCK - self._at))
         self.file.flush()
-        self.file.truncate(self._blocks * BLOCK)
 
     def _runs(self, ranges: Iterable[tuple[int, int]]) -> Iterable[Run]:
         """The blocks that the ranges touch, those that touch each other in one run."""

@@ -165,10 +165,7 @@ class TarReader:
         self._where = f"the header at byte {at}"
         if len(head) < BLOCK:
             raise self._wrong(f"is cut off after {len(head)} bytes")
-        claimed = self._number(head[148:156], "checksum")
-        blanked = head[:148] + b" " * 8 + head[156:]
-        signed = sum(blanked) - 256 * sum(byte > 127 for byte in blanked)
-        if claimed not in (sum(blanked), signed):
+        if not _has_checksum(head):
             raise self._wrong("has a wrong checksum: this is no tar archive, or it is damaged")
         return head
 
@@ -352,6 +349,16 @@ class TarReader:
 
     def _wrong(self, what: str) -> ImageUnusable:
         return ImageUnusable(f"{self._origin}: {self._where} {what}")
+
+
+def _has_checksum(head: bytes) -> bool:
+    """Whether its bytes add up to what it says; some tars of old took them for signed."""
+    try:
+        claimed = int(head[148:156].split(b"\0")[0].strip(), 8)
+    except ValueError:
+        return False
+    total = sum(head) - sum(head[148:156]) + 8 * ord(" ")
+    return total == claimed or total - 256 * sum(byte > 127 for byte in head[:148] + head[156:]) == claimed
 
 
 def _padded(size: int) -> int:

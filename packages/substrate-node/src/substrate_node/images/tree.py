@@ -150,11 +150,16 @@ class Tree:
             self._drop(parent, name)
 
     def _drop(self, parent: Node, name: bytes) -> None:
-        """Remove a name unless this layer gave it, or something below it."""
+        """Remove a name unless this layer gave it; if it gave something below, a plain directory takes its place."""
         found = parent.children[name]
         if found.node.kind is Kind.DIRECTORY:
             self._clear(found.node)
-        if found.layer < self._layer and not found.node.children:
+        if found.layer == self._layer:
+            return
+        if found.node.children:
+            _take_attributes(found.node, directory())
+            self._put(parent, name, found.node)
+        else:
             del parent.children[name]
 
     def _clear(self, node: Node) -> None:
