@@ -78,7 +78,8 @@ class NodeDaemon:
         self._body_bytes_max = body_bytes_max
         self._allow = allow
         self._boot_id = node.boot_id.encode()
-        self._streams: set[_HangUp] = set()
+        self._streams: dict[_HangUp, None] = {}
+        self._closed = False
         self._calls: Mapping[tuple[str, str], Callable[[_Call], Awaitable[None]]] = {
             ("GET", REPORTS): self._reports,
             ("POST", INVOCATIONS): self._invoke,
@@ -101,7 +102,8 @@ class NodeDaemon:
             await call.refuse(self._told(defect))
 
     def close(self) -> None:
-        """End the streams of reports, which would go on for ever, so that the daemon can stop."""
+        """End the streams of reports, which would go on for ever, and begin no more, so that the daemon can stop."""
+        self._closed = True
         for stream in self._streams:
             stream.leave()
 
@@ -213,14 +215,16 @@ class NodeDaemon:
 
     async def _reports(self, call: _Call) -> None:
         """One line of JSON for each report, until the agent leaves or the node ends."""
+        if self._closed:
+            raise GuestUnavailable(Reason.DRAINING, f"node {self._node.node_id!r} is stopping")
         with _HangUp(call.receive) as hang_up:
-            self._streams.add(hang_up)
+            self._streams[hang_up] = None
             try:
                 async with aclosing(self._node.reports()) as reports:
                     async for report in reports:
                         await call.piece(msgspec.json.encode(report) + b"\n")
             finally:
-                self._streams.discard(hang_up)
+                del self._streams[hang_up]
             hang_up.stop()
             await call.end()
 
