@@ -14,8 +14,9 @@ from substrate_node.daemon import NodeDaemon, head_refusal, only
 from substrate_node.host import HostedNode, HostRules, hosted_node
 from substrate_seam.events import Emit
 from substrate_seam.tls import server_context
+from substrate_seam.wire import HEAD_BYTES_MAX
 from substrate_service.daemon import Duties
-from substrate_service.listener import strict_config
+from substrate_service.listener import ListenerLimits, strict_config
 from substrate_service.observing import Observed
 from substrate_service.serving import Listener
 from substrate_service.signals import Stopping
@@ -95,6 +96,7 @@ def _listeners(settings: Settings, wire: NodeDaemon, admin: AdminApp, *, emit: E
                 wire,
                 refusal=head_refusal,
                 emit=emit,
+                limits=ListenerLimits(head_bytes=HEAD_BYTES_MAX),
                 tls=server_context(cert=tls.cert, key=tls.key, ca=tls.ca) if tls is not None else None,
             ),
         ),
