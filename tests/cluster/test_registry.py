@@ -92,6 +92,26 @@ def test_silence_retracts_the_node_and_it_is_tried_again():
     run(main, seed=1)
 
 
+def test_a_node_that_was_never_heard_is_told_of_once_for_each_reason():
+    """An operator learns why at once, and not again with each try."""
+
+    async def main(_):
+        node = SpeakingNode()
+
+        async def scenario(registry, _):
+            for why in ("refused", "refused", "wrong certificate"):
+                node.words.put_nowait(OSError(why))
+            await asyncio.sleep(10)
+
+        events = await following(node, scenario)
+        assert [event.message for event in events if isinstance(event, NodeLost)][:2] == [
+            "refused",
+            "wrong certificate",
+        ]
+
+    run(main, seed=1)
+
+
 def test_a_restarted_node_is_taught_again_without_a_break():
     """Another boot id means that it has forgotten everything."""
 

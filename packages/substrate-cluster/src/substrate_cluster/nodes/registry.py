@@ -90,9 +90,11 @@ class Registry:
             self._heard.set()
 
     def _lose(self, node: Node, why: str) -> None:
+        """Retract its capacity; tell of the loss, or of a new reason why a node can't be heard."""
+        news = self._index.view(node.node_id) is not None or self._lost.get(node.node_id) != why
         self._lost[node.node_id] = why
-        if self._index.view(node.node_id) is not None:
-            self._index.retract(node.node_id)
+        self._index.retract(node.node_id)
+        if news:
             self._emit(NodeLost(node=node.node_id, message=why))
 
     async def _ensure(self, node: Node, workloads: Iterable[Workload]) -> None:
