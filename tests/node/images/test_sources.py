@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from fakes.images import (
     LAYER,
@@ -294,3 +296,29 @@ def test_memory_does_not_grow_with_what_is_read(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak_bytes < 16 << 20
+
+
+def test_layers_may_be_compressed_with_zstd_in_one_frame_or_several(tmp_path):
+    compress = zstandard.ZstdCompressor().compress
+    image = FakeImage(BASE, TOP, stored=[compress(BASE), compress(TOP[:700]) + compress(TOP[700:])])
+    assert unpacked_layers(write_layout(tmp_path / "layout", image)) == [BASE, TOP]
+
+
+def test_a_damaged_zstd_stream_is_refused(tmp_path):
+    stored = zstandard.ZstdCompressor().compress(BASE)
+    with pytest.raises(ImageUnusable, match=r"layer 1/1, unpacked, "):
+        built(tmp_path, image=FakeImage(BASE, stored=[stored[:20] + b"\xff" * 20]))
+
+
+def test_a_zstd_bomb_is_refused_before_it_has_unpacked(tmp_path):
+    bomb = layer(file("zeros", bytes(64 << 20)))
+    image = FakeImage(bomb, stored=[zstandard.ZstdCompressor().compress(bomb)])
+    with pytest.raises(ImageUnusable, match=r"unpacked, is longer than the 1048576 bytes accepted"):
+        built(tmp_path, image=image, limits=Limits(unpacked_bytes=1 << 20))
+
+
+def test_where_zstd_can_not_be_read_it_is_refused_with_what_to_install(tmp_path, monkeypatch):
+    for name in ("compression.zstd", "backports.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImageUnusable, match=r"compressed with zstd.*Install the package `zstandard`"):
+        built(tmp_path, image=FakeImage(BASE, stored=[b"\x28\xb5\x2f\xfd" + bytes(100)]))
