@@ -533,6 +533,19 @@ def test_a_head_that_the_listener_refuses_is_answered_in_the_wires_words():
     run(story)
 
 
+def test_the_largest_head_that_a_caller_may_send_reaches_the_node():
+    """64 KiB of fields are more than that as JSON in base64."""
+
+    async def story(place):
+        agent = await place.agent()
+        fields = tuple((b"x-%02d" % number, b"\xff" * 640) for number in range(99))
+        agent.say(post(call(request=GuestRequest("POST", "/", fields, b""))))
+        await agent.go_ahead()
+        agent.transport.abort()
+
+    run(story)
+
+
 # Reports.
 
 

@@ -48,7 +48,8 @@ def _context(protocol: int, *, cert: Path, key: Path, ca: Path) -> ssl.SSLContex
     except ssl.SSLError as error:
         raise CertificateUnusable(f"{ca}: no authority's certificate in PEM ({error})") from error
     try:
-        context.load_cert_chain(cert, key)
-    except ssl.SSLError as error:
-        raise CertificateUnusable(f"{cert} and {key}: no certificate and its key in PEM ({error})") from error
+        context.load_cert_chain(cert, key, password="")  # or OpenSSL would ask for one at the terminal
+    except OSError as error:
+        why = f"no certificate and its key, without a password, in PEM ({error})"
+        raise CertificateUnusable(f"{cert} and {key}: {why}") from error
     return context
