@@ -145,6 +145,8 @@ def check_manifest(manifest: Manifest, origin: str) -> None:
             f"{origin} is no container image: its configuration is of type {manifest.config.media_type[:100]!r}; "
             f"accepted are {_listed(_CONFIG_TYPES)}"
         )
+    if min(part.size for part in (manifest.config, *manifest.layers)) < 0:
+        raise ImageUnusable(f"{origin} does not say how long each of its parts is")
     for number, layer in enumerate(manifest.layers, start=1):
         if not _LAYER_TYPE.fullmatch(layer.media_type):
             raise ImageUnusable(
