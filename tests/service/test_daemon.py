@@ -7,9 +7,7 @@ import pytest
 
 from substrate_seam.events import DaemonStarted, DaemonStopped, DaemonStopping
 from substrate_service.address import TcpAddress
-from substrate_service.daemon import Duties, exit_status, run_daemon
-from substrate_service.listener import strict_config
-from substrate_service.serving import Listener
+from substrate_service.daemon import Assembled, Duties, exit_status, run_daemon, two_listeners
 from substrate_service.signals import Stopping
 
 
@@ -23,14 +21,8 @@ async def hello(scope, receive, send):
 
 
 def listeners():
-    def config():
-        return strict_config(hello, refusal=lambda *_: ([], b""), emit=lambda _: None)
-
-    address = TcpAddress("127.0.0.1", 0)
-    return [
-        Listener(setting="LISTEN", address=address, config=config()),
-        Listener(setting="ADMIN", address=address, config=config(), outlasts=True),
-    ]
+    anywhere = TcpAddress("127.0.0.1", 0)
+    return two_listeners("X_", (anywhere, anywhere), (hello, hello), refusal=lambda *_: ([], b""), emit=lambda _: None)
 
 
 async def test_a_daemon_tells_its_life_and_drains_with_what_time_it_has():
@@ -49,9 +41,11 @@ async def test_a_daemon_tells_its_life_and_drains_with_what_time_it_has():
     status = await run_daemon(
         "d",
         "1",
-        listeners(),
-        Duties(reload=reload, drain=drain, announce=announce),
-        drain_within_s=7.0,
+        Assembled(
+            listeners=listeners(),
+            duties=Duties(reload=reload, drain=drain, announce=announce),
+            drain_within_s=7.0,
+        ),
         stopping=stopping,
         emit=events.append,
     )

@@ -1,4 +1,4 @@
-"""The command line of cluster-agent, and its life from an environment to an exit status."""
+"""The command line of cluster-agent."""
 
 from __future__ import annotations
 
@@ -8,53 +8,32 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from cluster_agent.settings import Settings, read_settings
+from cluster_agent.settings import read_settings
 from cluster_agent.wiring import daemon
 from substrate_cluster.auth import TokensRefused
 from substrate_cluster.catalog import TableInvalid
 from substrate_cluster.plane import CannotServe
 from substrate_seam.tls import CertificateUnusable
-from substrate_service.address import ListenFailed
-from substrate_service.daemon import exit_status, run_daemon
-from substrate_service.observing import Observed, observed
-from substrate_service.serving import run
-from substrate_service.settings import SettingsInvalid
-from substrate_service.signals import Stopping, stop_on_signals
+from substrate_service.daemon import run_from_environment
 
-MISTAKES = (SettingsInvalid, TableInvalid, TokensRefused, CannotServe, CertificateUnusable, ListenFailed)
-"""What an operator can get wrong; the words of each say what to do."""
+MISTAKES = (TableInvalid, TokensRefused, CannotServe, CertificateUnusable)
+"""What an operator can get wrong besides settings and addresses; the words of each say what to do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve until asked to stop; status 0 after a clean drain, 1 if calls were cut short, 2 if it can't serve."""
+    """Serve until asked to stop, and exit with the daemon's status."""
+    release = version("substrate-cluster-agent")
     parser = argparse.ArgumentParser(
         prog="cluster-agent",
         description="Places calls on node-daemons. Settings are environment variables CLUSTER_AGENT_*: see README.md.",
     )
-    parser.add_argument("--version", action="version", version=f"cluster-agent {version('substrate-cluster-agent')}")
+    parser.add_argument("--version", action="version", version=f"cluster-agent {release}")
     parser.parse_args(arguments)
-
-    def to_the_end() -> int:
-        settings = read_settings(os.environ)
-        with observed() as observations:
-            return run(_serve(settings, observations))
-
-    sys.exit(exit_status("cluster-agent", to_the_end, mistakes=MISTAKES))
-
-
-async def _serve(settings: Settings, observations: Observed) -> int:
-    stopping = Stopping()
-    with stop_on_signals(stopping):
-        async with daemon(settings, observations, stopping=stopping) as built:
-            return await run_daemon(
-                "cluster-agent",
-                version("substrate-cluster-agent"),
-                built.listeners,
-                built.duties,
-                drain_within_s=built.drain_within_s,
-                stopping=stopping,
-                emit=observations.emit,
-            )
+    sys.exit(
+        run_from_environment(
+            "cluster-agent", release, os.environ, read=read_settings, assemble=daemon, mistakes=MISTAKES
+        )
+    )
 
 
 if __name__ == "__main__":

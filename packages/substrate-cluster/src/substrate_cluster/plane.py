@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
+from typing import Final, Protocol
 
 from msgspec import Struct
 from starlette.types import ASGIApp
@@ -22,23 +23,36 @@ from substrate_cluster.placement.index import NodeIndex
 from substrate_seam.events import Emit, WarningRaised
 from substrate_seam.executor import Node
 
+_DRAIN_MARGIN_S: Final = 30.0
+
 
 class CannotServe(Exception):
     """The control plane must not serve as it is configured; the message says why and what to do."""
 
 
-class FrontPlan(Struct, frozen=True, kw_only=True):
-    """What the front is to be: addresses as text, who may call, what is admitted. `prefix` names settings in errors."""
+class FrontSettings(Protocol):
+    """What the front is told: addresses (their `str` counts), who may call, what is admitted."""
 
-    prefix: str
-    listen: str
-    admin_listen: str
-    allowed_hosts: tuple[str, ...] = ()
-    tokens_file: Path | None = None
-    admin_token_file: Path | None = None
-    caller_limit: int = 64
-    body_budget_bytes: int = 268_435_456
-    limits: Limits = Limits()
+    @property
+    def listen(self) -> object: ...  # noqa: D102
+    @property
+    def admin_listen(self) -> object: ...  # noqa: D102
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def tokens_file(self) -> Path | None: ...  # noqa: D102
+    @property
+    def admin_token_file(self) -> Path | None: ...  # noqa: D102
+    @property
+    def caller_limit(self) -> int: ...  # noqa: D102
+    @property
+    def body_limit_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def body_budget_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def body_within_s(self) -> float: ...  # noqa: D102
+    @property
+    def drain_within_s(self) -> float | None: ...  # noqa: D102
 
 
 class Observers(Struct, frozen=True, kw_only=True):
@@ -61,6 +75,7 @@ class ControlPlane:
         catalog: Catalog,
         registry: Registry,
         tokens: tuple[StaticTokens, ...],
+        drain_within_s: float | None,
         emit: Emit,
     ) -> None:
         self.public = public
@@ -68,6 +83,7 @@ class ControlPlane:
         self.registry = registry
         self._catalog = catalog
         self._tokens = tokens
+        self._drain_within_s = drain_within_s
         self._emit = emit
         self._changes: list[Change] = []
         catalog.on_change(self._changes.append)
@@ -86,9 +102,10 @@ class ControlPlane:
             await self.registry.update(added=change.added, removed=change.removed)
 
     @property
-    def longest_call_s(self) -> float:
-        """The longest that a call of this table may run, in seconds; 0 for an empty table."""
-        return max((entry.request_timeout_s for entry in self._catalog.entries()), default=0.0)
+    def drain_within_s(self) -> float:
+        """How long calls that run may take to end: as configured, or as the longest of this table may run, and 30 s."""
+        longest_s = max((entry.request_timeout_s for entry in self._catalog.entries()), default=0.0)
+        return longest_s + _DRAIN_MARGIN_S if self._drain_within_s is None else self._drain_within_s
 
 
 def mint_id() -> str:
@@ -96,36 +113,38 @@ def mint_id() -> str:
     return os.urandom(16).hex()
 
 
-def tokens_of(plan: FrontPlan, catalog: Catalog) -> tuple[StaticTokens | None, StaticTokens | None]:
+def tokens_of(front: FrontSettings, prefix: str, catalog: Catalog) -> tuple[StaticTokens | None, StaticTokens | None]:
     """The tokens of callers and operators. Raises `TokensRefused`, or `CannotServe` for a front open to strangers."""
-    callers = StaticTokens(plan.tokens_file) if plan.tokens_file is not None else None
-    operators = StaticTokens(plan.admin_token_file) if plan.admin_token_file is not None else None
+    callers = StaticTokens(front.tokens_file) if front.tokens_file is not None else None
+    operators = StaticTokens(front.admin_token_file) if front.admin_token_file is not None else None
     open_to_all = refuse_open(
-        plan.listen,
+        str(front.listen),
         has_auth=callers is not None,
         has_process_workloads=any(workload.spec.command for workload in catalog.workloads()),
     )
     if open_to_all is not None:
-        raise CannotServe(f"{plan.prefix}LISTEN_ADDR: {open_to_all} ({plan.prefix}TOKENS_FILE)")
+        raise CannotServe(f"{prefix}LISTEN_ADDR: {open_to_all} ({prefix}TOKENS_FILE)")
     return callers, operators
 
 
 @asynccontextmanager
 async def control_plane(
-    plan: FrontPlan,
+    front: FrontSettings,
     catalog: Catalog,
     nodes: Mapping[str, Node],
     *,
+    prefix: str,
     observers: Observers,
     dice: Random,
     stopping: Callable[[], bool],
 ) -> AsyncIterator[ControlPlane]:
     """Follow the nodes and keep them taught for the length of the block.
 
-    `stopping` turns true when the daemon was asked to stop; it is unready then. Raises `TokensRefused`, `CannotServe`.
+    `prefix` names settings in errors; `stopping` turns true when the daemon was asked to stop: it is unready then.
+    Raises `TokensRefused`, `CannotServe`.
     """
     emit, index = observers.emit, NodeIndex()
-    callers, operators = tokens_of(plan, catalog)
+    callers, operators = tokens_of(front, prefix, catalog)
     executor = PlacedExecutor(nodes, index, workload_of=catalog.by_digest, dice=dice, emit=emit)
     registry = Registry(nodes, index, workloads=catalog.workloads, dice=dice, emit=emit)
 
@@ -136,9 +155,9 @@ async def control_plane(
         catalog=catalog,
         executor=executor,
         authenticator=callers or Anonymous(),
-        admission=Admission(caller_limit=plan.caller_limit, body_budget_bytes=plan.body_budget_bytes),
-        allowed_hosts=plan.allowed_hosts or default_hosts(plan.listen),
-        limits=plan.limits,
+        admission=Admission(caller_limit=front.caller_limit, body_budget_bytes=front.body_budget_bytes),
+        allowed_hosts=front.allowed_hosts or default_hosts(str(front.listen)),
+        limits=Limits(body_bytes_max=front.body_limit_bytes, body_within_s=front.body_within_s),
         ready=ready,
         mint_id=mint_id,
         emit=emit,
@@ -149,7 +168,7 @@ async def control_plane(
         story=observers.story,
         journal=observers.journal,
         authenticator=operators,
-        allowed_hosts=plan.allowed_hosts or default_hosts(plan.admin_listen),
+        allowed_hosts=front.allowed_hosts or default_hosts(str(front.admin_listen)),
         mint_id=mint_id,
         emit=emit,
     )
@@ -162,6 +181,7 @@ async def control_plane(
                 catalog=catalog,
                 registry=registry,
                 tokens=tuple(tokens for tokens in (callers, operators) if tokens is not None),
+                drain_within_s=front.drain_within_s,
                 emit=emit,
             )
         finally:

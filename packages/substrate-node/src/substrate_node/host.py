@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from msgspec import Struct
 
@@ -19,23 +19,26 @@ from substrate_node.state import StateRoot, default_state_root, locked_state_roo
 from substrate_seam.events import Emit, OrphanRemoved, WarningRaised
 
 
-class HostRules(Struct, frozen=True, kw_only=True):
-    """What this machine is to its cluster. `memory_mib` None means: what it has, less a reserve.
+class NodeSettings(Protocol):
+    """What this machine is to its cluster. Without `memory_mib`: what it has, less a reserve.
 
-    `state_root` None means: the usual place of a daemon called `daemon`. `state_setting` names it in errors.
-    `guest_argv` starts a process guest (see `ProcessVmm`).
+    Without `state_root`: the usual place of a daemon of its name.
     """
 
-    daemon: str
-    node_id: str
-    arch: str
-    pod_uid: str | None
-    state_root: Path | None
-    state_setting: str
-    memory_mib: int | None
-    boot_within_s: float
-    guest_argv: tuple[str, ...]
-    audit_journal: Path | None
+    @property
+    def node_id(self) -> str: ...  # noqa: D102
+    @property
+    def arch(self) -> str: ...  # noqa: D102
+    @property
+    def pod_uid(self) -> str | None: ...  # noqa: D102
+    @property
+    def state_root(self) -> Path | None: ...  # noqa: D102
+    @property
+    def memory_mib(self) -> int | None: ...  # noqa: D102
+    @property
+    def boot_within_s(self) -> float: ...  # noqa: D102
+    @property
+    def audit_journal(self) -> Path | None: ...  # noqa: D102
 
 
 class HostedNode(Struct, frozen=True, kw_only=True):
@@ -68,22 +71,28 @@ class JournalFile:
 
 
 @asynccontextmanager
-async def hosted_node(rules: HostRules, *, emit: Emit) -> AsyncIterator[HostedNode]:
-    """Be a node for the length of the block. Raises `StateRootUnusable`, and `OSError` for a journal it can't write."""
+async def hosted_node(
+    settings: NodeSettings, *, daemon: str, prefix: str, guest_argv: tuple[str, ...], emit: Emit
+) -> AsyncIterator[HostedNode]:
+    """Be a node for the length of the block, in a daemon of that name whose settings begin with `prefix`.
+
+    `guest_argv` starts a process guest (see `ProcessVmm`). Raises `StateRootUnusable`, `VmmError` if no guest can be
+    started at all, and `OSError` for a journal it can't write.
+    """
     boot_id = os.urandom(16).hex()
-    place = rules.state_root or default_state_root(rules.daemon, os.environ)
+    place = settings.state_root or default_state_root(daemon, os.environ)
     with ExitStack() as files:
-        root = files.enter_context(locked_state_root(place, boot_id=boot_id, setting=rules.state_setting))
-        journal = _open_journal(rules.audit_journal, files)
-        vmm = await _process_vmm(rules, root, audited=journal is not None, emit=emit)
-        identity = NodeIdentity(node_id=rules.node_id, boot_id=boot_id, arch=rules.arch, pod_uid=rules.pod_uid)
+        root = files.enter_context(locked_state_root(place, boot_id=boot_id, setting=f"{prefix}STATE_ROOT"))
+        journal = _open_journal(settings.audit_journal, files)
+        vmm = await _process_vmm(root, guest_argv, audited=journal is not None, emit=emit)
+        identity = NodeIdentity(node_id=settings.node_id, boot_id=boot_id, arch=settings.arch, pod_uid=settings.pod_uid)
         async with LocalNode(
             identity,
             vmms=[vmm],
-            memory_mib=default_memory_mib() if rules.memory_mib is None else rules.memory_mib,
+            memory_mib=default_memory_mib() if settings.memory_mib is None else settings.memory_mib,
             mint=IdentityMint(wall_ns=time.time_ns, entropy=os.urandom),
             emit=emit,
-            times=NodeTimes(boot_within_s=rules.boot_within_s),
+            times=NodeTimes(boot_within_s=settings.boot_within_s),
             record=journal.record if journal is not None else None,
             clock=time.monotonic,  # uvloop's clock stands still for a millisecond
         ) as node:
@@ -94,8 +103,8 @@ def _open_journal(path: Path | None, files: ExitStack) -> JournalFile | None:
     return JournalFile(files.enter_context(path.open("a"))) if path is not None else None
 
 
-async def _process_vmm(rules: HostRules, root: StateRoot, *, audited: bool, emit: Emit) -> ProcessVmm:
-    vmm = ProcessVmm(root.run, guest_argv=rules.guest_argv, env={"SUBSTRATE_AUDIT": "1"} if audited else {})
+async def _process_vmm(root: StateRoot, guest_argv: tuple[str, ...], *, audited: bool, emit: Emit) -> ProcessVmm:
+    vmm = ProcessVmm(root.run, guest_argv=guest_argv, env={"SUBSTRATE_AUDIT": "1"} if audited else {})
     for orphan in await vmm.sweep():
         emit(OrphanRemoved(guest=orphan.guest_id, pid=orphan.pid))
     for measure in (await vmm.probe()).missing:

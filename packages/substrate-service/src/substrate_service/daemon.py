@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import ssl
 import sys
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import TypeVar
 
 from msgspec import Struct
 
 from substrate_seam.events import DaemonStarted, DaemonStopped, DaemonStopping, Emit
-from substrate_service.address import Address
-from substrate_service.serving import Listener, serve
-from substrate_service.signals import Stopping
+from substrate_service.address import Address, ListenFailed
+from substrate_service.exchange import App
+from substrate_service.listener import Refusal, strict_config
+from substrate_service.observing import Observed, observed
+from substrate_service.serving import Listener, run, serve
+from substrate_service.settings import SettingsInvalid
+from substrate_service.signals import Stopping, stop_on_signals
 
 _ENDING_S = 2.0
 """After its calls were ended by the drain deadline, so long the daemon lets the last answers out."""
+
+
+class Assembled(Struct, frozen=True, kw_only=True):
+    """A daemon put together and not yet listening: its public listener and its admin listener, and what it does."""
+
+    listeners: list[Listener]
+    duties: Duties
+    drain_within_s: float
 
 
 class Duties(Struct, frozen=True, kw_only=True):
@@ -50,21 +64,70 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-async def run_daemon(
+def two_listeners(
+    prefix: str,
+    addresses: tuple[Address, Address],
+    apps: tuple[App, App],
+    *,
+    refusal: Refusal,
+    emit: Emit,
+    tls: ssl.SSLContext | None = None,
+) -> list[Listener]:
+    """The public listener (over `tls`, if given) and the admin listener, which outlasts it, so that drains show."""
+    public, admin = apps
+    return [
+        Listener(
+            setting=f"{prefix}LISTEN_ADDR",
+            address=addresses[0],
+            config=strict_config(public, refusal=refusal, emit=emit, tls=tls),
+        ),
+        Listener(
+            setting=f"{prefix}ADMIN_LISTEN_ADDR",
+            address=addresses[1],
+            config=strict_config(admin, refusal=refusal, emit=emit),
+            outlasts=True,
+        ),
+    ]
+
+
+Settings = TypeVar("Settings")
+
+
+def run_from_environment(
     name: str,
     version: str,
-    listeners: Sequence[Listener],
-    duties: Duties,
+    environment: Mapping[str, str],
     *,
-    drain_within_s: float,
-    stopping: Stopping,
-    emit: Emit,
+    read: Callable[[Mapping[str, str]], Settings],
+    assemble: Callable[[Settings, Observed, Stopping], AbstractAsyncContextManager[Assembled]],
+    mistakes: tuple[type[Exception], ...],
 ) -> int:
+    """Be a daemon, from its environment to its exit status.
+
+    0 after a clean drain, 1 after calls were cut short, 2 if it can't serve at all, and then `mistakes` say why.
+    """
+
+    async def live(settings: Settings, observations: Observed) -> int:
+        stopping = Stopping()
+        with stop_on_signals(stopping):
+            async with assemble(settings, observations, stopping) as assembled:
+                return await run_daemon(name, version, assembled, stopping=stopping, emit=observations.emit)
+
+    def to_the_end() -> int:
+        settings = read(environment)
+        with observed() as observations:
+            return run(live(settings, observations))
+
+    return exit_status(name, to_the_end, mistakes=(SettingsInvalid, ListenFailed, *mistakes))
+
+
+async def run_daemon(name: str, version: str, assembled: Assembled, *, stopping: Stopping, emit: Emit) -> int:
     """Serve until asked to stop; the exit status is 0 when every call had its answer by then, else 1.
 
-    Once asked, the daemon is unready and takes no new calls; those that run have `drain_within_s` seconds.
+    Once asked, the daemon is unready and takes no new calls; those that run have the seconds of its drain.
     Raises `ListenFailed` before anything is served.
     """
+    duties, drain_within_s = assembled.duties, assembled.drain_within_s
 
     def listening(addresses: list[Address]) -> None:
         public, admin = (str(address) for address in addresses)
@@ -83,7 +146,7 @@ async def run_daemon(
         try:
             with _set_on_hup(hups):
                 clean = await serve(
-                    listeners, stopping=stopping, drain_s=drain_within_s + _ENDING_S, listening=listening
+                    assembled.listeners, stopping=stopping, drain_s=drain_within_s + _ENDING_S, listening=listening
                 )
         finally:
             draining.cancel()
