@@ -121,7 +121,7 @@ class LocalNode:
             reaper=self._reaper,
             emit=emit,
             starving=lambda: self._slots.starving,
-            offer=self._slots.retry,
+            offer=self._slots.offer,
             changed=self._changed,
         )
         self._shop = Shop(

@@ -53,8 +53,8 @@ class _Bay:
 class Pool:
     """All parked guests of one node, by digest.
 
-    `starving` says whether a call lacks memory: then nothing new is made, and `offer` is called when a guest is parked.
-    `changed` hears the digest whose number of parked guests changed.
+    `starving` says whether a call lacks memory: then nothing new is made. `offer` hears the name of a workload of which
+    a guest was parked, `changed` the digest whose number of parked guests changed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Pool:
         reaper: Reaper,
         emit: Emit,
         starving: Callable[[], bool],
-        offer: Callable[[], None],
+        offer: Callable[[str], None],
         changed: Callable[[str], None],
     ) -> None:
         self._ledger = ledger
@@ -193,7 +193,7 @@ class Pool:
         made.guest.exited.add_done_callback(partial(self._died, bay, made))
         self._emit(GuestParked(guest=guest_id, workload=bay.hosted.workload.name, parked=len(bay.parked)))
         self._restocked(bay)
-        self._offer()
+        self._offer(bay.hosted.workload.name)
         self.refill(bay.hosted.workload.digest)
 
     def _back_off(self, bay: _Bay, message: str) -> None:

@@ -126,8 +126,7 @@ class Slots(Generic[S]):
     def retry_after_s(self, name: str) -> float:
         """When a call of `name` that is refused now may hope for a slot, in seconds from 1 to 60."""
         queue = self._queues.get(name)
-        expected_s = queue.expected_wait_s(queue.waiting + 1) if queue else 0.0
-        return min(max(expected_s, _RETRY_AFTER_S_MIN), _RETRY_AFTER_S_MAX)
+        return _advice_s(queue.expected_wait_s(queue.waiting + 1) if queue else 0.0)
 
     def enter(self, name: str, *, caller: str, session: str | None, within_s: float, take: Take[S]) -> Ticket[S]:
         """Join the queue; the ticket has its stake at once if nothing is in the way.
@@ -174,6 +173,12 @@ class Slots(Generic[S]):
             del self._starved[queue.name]
             if queue.startable:
                 self._starved[queue.name] = None
+
+    def offer(self, name: str) -> None:
+        """There is a stake that only calls of `name` can use: it goes to one of them, whoever else starves."""
+        queue = self._queues.get(name)
+        if queue is not None:
+            self._dispatch(queue)
 
     def _dispatch(self, queue: _Queue[S]) -> None:
         """Serve a queue as far as its slots and stakes go."""
@@ -257,7 +262,7 @@ class Slots(Generic[S]):
     def _refusal(self, queue: _Queue[S], ticket: Ticket[S], within_s: float) -> GuestUnavailable | None:
         """Why a call that has just lined up had better not wait, if so."""
         name, before_it = queue.name, len(self._held_with(queue, ticket))
-        retry_after_s = self.retry_after_s(name)
+        retry_after_s = _advice_s(queue.expected_wait_s(queue.waiting))
         if queue.waiting > queue.limit:
             if queue.startable and not before_it:
                 return GuestUnavailable(
@@ -288,3 +293,7 @@ class Slots(Generic[S]):
     def _measure(self, queue: _Queue[S], held_s: float) -> None:
         known = queue.service_s
         queue.service_s = held_s if known is None else known + _SMOOTHING * (held_s - known)
+
+
+def _advice_s(expected_s: float) -> float:
+    return min(max(expected_s, _RETRY_AFTER_S_MIN), _RETRY_AFTER_S_MAX)
