@@ -226,7 +226,7 @@ class NodeDaemon:
             finally:
                 del self._streams[hang_up]
             hang_up.stop()
-            await call.end()
+        await call.end()  # also when `close` has cut the stream short: an agent may hear its end
 
 
 def head_refusal(status: int, reason: str, message: str) -> tuple[Fields, bytes]:
