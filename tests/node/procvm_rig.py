@@ -17,6 +17,8 @@ GUESTS = Path(__file__).parent / "guests"
 class ProcessRig:
     """A monitor whose guests live in `run`, with what one must know to assert that nothing of them is left."""
 
+    end_of_exit_3 = "exit status 3"
+
     def __init__(self, run: Path, *, python: str = sys.executable) -> None:
         run.mkdir(mode=0o700, parents=True)
         self.run = run

@@ -24,6 +24,8 @@ each_promise = pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: 
 class FakeRig:
     """The monitor in memory."""
 
+    end_of_exit_3 = "exit status 3"
+
     def __init__(self, dice: Random) -> None:
         self.vmm = FakeVmm(network=Network(dice), behaviour=obedient)
         self.workload = Workload.of(WorkloadSpec(name="hello", command=("hello",)))

@@ -10,7 +10,8 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+
+from substrate_node.processes.namespaces import children_with_own_pids
 
 _RETRY_S = 0.002
 _PATIENCE_S = 5.0
@@ -27,10 +28,11 @@ class Family:
     Start it on the loop's thread: the kernel counts the end of that thread as the end of the daemon.
     """
 
-    def __init__(self, argv: tuple[str, ...], descriptors: Sequence[int], *, own_session: bool = True) -> None:
+    def __init__(self, argv: tuple[str, ...], descriptors: Sequence[int], *, own_pids: bool = False) -> None:
         """Start `argv` with an empty environment and `descriptors` as its first ones, from 0.
 
-        Without a session of its own, it has only the group. Raises `OSError`. No thread is used; the call blocks until the new process has its program (about 1 ms).
+        With `own_pids` it is the first process of a new namespace, which needs CAP_SYS_ADMIN. Raises `OSError`. No
+        thread is used; the call blocks until the new process has its program (about 1 ms).
         """
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[int] = self._loop.create_future()
@@ -38,7 +40,7 @@ class Family:
         self._pidfds: dict[int, int] = {}  # of those alive, by pid
         self._dead: set[int] = set()
         self._patient_until_s: float | None = None
-        self.pid = _spawned(argv, descriptors, own_session=own_session)
+        self.pid = _spawned(argv, descriptors, own_pids=own_pids)
         self._watch(self.pid)
 
     def expect(self, twin: int) -> None:
@@ -125,7 +127,7 @@ async def readable(descriptor: int | socket.socket) -> None:
         loop.remove_reader(descriptor)
 
 
-def _spawned(argv: tuple[str, ...], descriptors: Sequence[int], *, own_session: bool) -> int:
+def _spawned(argv: tuple[str, ...], descriptors: Sequence[int], *, own_pids: bool) -> int:
     with ExitStack() as lifted:
         actions = []
         for number, fd in enumerate(descriptors):  # lifted first, so that none is overwritten by one before it
@@ -133,8 +135,9 @@ def _spawned(argv: tuple[str, ...], descriptors: Sequence[int], *, own_session: 
             lifted.callback(os.close, high)
             actions.append((os.POSIX_SPAWN_DUP2, high, number))
         defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores, and a program inherits that
-        apart: dict[str, Any] = {"setsid": True} if own_session else {"setpgroup": 0}
-        return os.posix_spawn(argv[0], argv, {}, file_actions=actions, setsigmask=(), setsigdef=defaults, **apart)
+        if own_pids:
+            lifted.enter_context(children_with_own_pids())
+        return os.posix_spawn(argv[0], argv, {}, file_actions=actions, setsid=True, setsigmask=(), setsigdef=defaults)
 
 
 def in_words(status: int) -> str:
