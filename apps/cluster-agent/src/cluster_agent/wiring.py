@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import SystemRandom
@@ -43,6 +44,7 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
                 observers=Observers(emit=emit, metrics=observed.metrics.exposition, story=observed.stories.story),
                 dice=SystemRandom(),
                 stopping=stopping.requested.is_set,
+                clock=time.monotonic,  # uvloop's stands still for a millisecond
             )
         )
         yield Assembled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import SystemRandom
@@ -49,6 +50,7 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
             ),
             dice=SystemRandom(),
             stopping=stopping.requested.is_set,
+            clock=time.monotonic,  # uvloop's stands still for a millisecond
         ) as plane:
             await plane.registry.heard()
             yield Assembled(

@@ -137,11 +137,12 @@ async def control_plane(
     observers: Observers,
     dice: Random,
     stopping: Callable[[], bool],
+    clock: Callable[[], float] | None = None,
 ) -> AsyncIterator[ControlPlane]:
     """Follow the nodes and keep them taught for the length of the block.
 
     `prefix` names settings in errors; `stopping` turns true when the daemon was asked to stop: it is unready then.
-    Raises `TokensRefused`, `CannotServe`.
+    `clock` gives seconds to measure by, finer than an event loop may tell them. Raises `TokensRefused`, `CannotServe`.
     """
     emit, index = observers.emit, NodeIndex()
     callers, operators = tokens_of(front, prefix, catalog)
@@ -161,6 +162,7 @@ async def control_plane(
         ready=ready,
         mint_id=mint_id,
         emit=emit,
+        clock=clock,
     )
     admin = admin_app(
         ready=ready,

@@ -35,11 +35,12 @@ def public_app(
     ready: ReadyReasons,
     mint_id: Callable[[], str],
     emit: Emit,
+    clock: Callable[[], float] | None = None,
 ) -> ASGIApp:
     """Invocations, `/healthz` and a `/readyz` that says no more than yes or no.
 
     `mint_id` gives 32 hex digits, new each time; `allowed_hosts` are names and addresses without port
-    (`default_hosts` has those of an address).
+    (`default_hosts` has those of an address). `clock` gives seconds to measure by; without it the event loop's own do.
     """
     front = Front(
         catalog=catalog,
@@ -57,7 +58,7 @@ def public_app(
         await exchange.answer(200, TEXT, b"ok\n")
 
     def endpoint(handler: Handler) -> Endpoint:
-        return Endpoint(handler, mint_id=mint_id, emit=emit)
+        return Endpoint(handler, mint_id=mint_id, emit=emit, clock=clock)
 
     routes = [
         Mount("/invoke", endpoint(front.invoke)),

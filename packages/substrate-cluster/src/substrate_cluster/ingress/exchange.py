@@ -26,15 +26,29 @@ class Exchange:
     `status` is 0 until a head went out; `complete` turns true with the last piece; `body_bytes` counts what went out.
     """
 
-    __slots__ = ("_id_field", "_send", "began_s", "body_bytes", "complete", "id", "receive", "scope", "status")
+    __slots__ = (
+        "_began_s",
+        "_clock",
+        "_id_field",
+        "_send",
+        "body_bytes",
+        "complete",
+        "id",
+        "receive",
+        "scope",
+        "status",
+    )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, invocation_id: str) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, invocation_id: str, clock: Callable[[], float]
+    ) -> None:
         self.scope = scope
         self.receive = receive
         self._send = send
         self.id = invocation_id
         self._id_field = (b"fc-invocation-id", invocation_id.encode())
-        self.began_s = asyncio.get_running_loop().time()
+        self._clock = clock
+        self._began_s = clock()
         self.status = 0
         self.body_bytes = 0
         self.complete = False
@@ -42,7 +56,7 @@ class Exchange:
     @property
     def age_ms(self) -> float:
         """Milliseconds since the request's head was here."""
-        return (asyncio.get_running_loop().time() - self.began_s) * 1e3
+        return round((self._clock() - self._began_s) * 1e3, 3)
 
     async def head(self, status: int, fields: Fields) -> None:
         """Send a head; the exchange's id joins its fields."""
@@ -88,14 +102,23 @@ Handler = Callable[[Exchange], Awaitable[None]]
 class Endpoint:
     """An ASGI application around one handler: names the request, and answers for whatever the handler raises."""
 
-    def __init__(self, handler: Handler, *, mint_id: Callable[[], str], emit: Emit) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        mint_id: Callable[[], str],
+        emit: Emit,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self._handler = handler
+        self._clock = clock
         self._mint_id = mint_id
         self._emit = emit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        exchange = Exchange(scope, receive, send, invocation_id=self._mint_id())
+        clock = self._clock or asyncio.get_running_loop().time
+        exchange = Exchange(scope, receive, send, invocation_id=self._mint_id(), clock=clock)
         try:
             await self._handler(exchange)
         except SubstrateError as error:
