@@ -121,6 +121,22 @@ def test_three_nodes_are_tried_at_most():
     run(main, seed=1)
 
 
+@pytest.mark.parametrize("draining", [True, False])
+def test_who_finds_no_node_hears_whether_there_is_any(draining):
+    """One that drains can be reached; whoever is told otherwise looks for a fault in the network."""
+
+    async def main(_):
+        executor = placed()
+        if draining:
+            executor._index.apply(report("n", draining=True))
+        with pytest.raises(GuestUnavailable) as refused:
+            await answer_of(executor, invocation())
+        assert refused.value.reason is (Reason.DRAINING if draining else Reason.NODE_UNREACHABLE)
+        assert refused.value.retry_after_s == 1.0
+
+    run(main, seed=1)
+
+
 def test_a_lone_node_is_not_tried_twice():
     """Its queue has decided."""
 

@@ -54,6 +54,22 @@ class PlacedExecutor:
         choice = place(invocation.workload, self._index, self._dice, avoid=avoid)
         return (self._nodes[choice.node_id], choice) if isinstance(choice, Placed) else None
 
+    def nobody(self) -> GuestUnavailable:
+        """Why no node could even be tried."""
+        if self._index.views:
+            return GuestUnavailable(
+                Reason.DRAINING,
+                "every node that can be reached is draining and takes no new calls",
+                hint="Retry; one of them may take calls again, or start anew.",
+                retry_after_s=1.0,
+            )
+        return GuestUnavailable(
+            Reason.NODE_UNREACHABLE,
+            "no node can be reached",
+            hint="See /readyz of the admin listener for the nodes and what is wrong.",
+            retry_after_s=1.0,
+        )
+
     def tell_placed(self, invocation: Invocation, attempt: int, choice: Placed) -> None:
         """Say where an attempt goes."""
         self._emit(
@@ -102,12 +118,7 @@ class _Placing:
     async def __aenter__(self) -> Reply:
         invocation, executor = self._invocation, self._executor
         attempt, avoid, taught = invocation.attempt, set[str](), set[str]()
-        refusal = GuestUnavailable(
-            Reason.NODE_UNREACHABLE,
-            "no node can be reached",
-            hint="See /readyz of the admin listener for the nodes and what is wrong.",
-            retry_after_s=1.0,
-        )
+        refusal: GuestUnavailable | None = None
         while len(avoid) < TRIES_MAX and (choice := executor.choose(invocation, avoid)) is not None:
             node, placed = choice
             left_s = self._start_by_s - asyncio.get_running_loop().time()
@@ -131,7 +142,7 @@ class _Placing:
                     continue
                 refusal = unteachable
             avoid.add(node.node_id)
-        raise refusal
+        raise refusal or executor.nobody()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
