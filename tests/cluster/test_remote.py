@@ -8,6 +8,7 @@ from random import Random
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from conformance.node_contract import known
 from conformance.worlds import ADDRESS, NODE_ID, Bench, Wire, running, served, wired, workload
@@ -262,21 +263,32 @@ def test_an_answer_without_frames_after_the_commit(answer, kind):
     assert type(outcome.error) is kind
 
 
-def test_an_answer_that_comes_byte_by_byte_is_whole():
+@pytest.mark.parametrize(
+    ("frames", "kind"), [((HEAD, DATA, END), None), ((HEAD, error_frame(GuestFailed("x"))), GuestFailed)]
+)
+def test_an_answer_that_comes_byte_by_byte_is_heard_to_its_end(frames, kind):
+    """Behind its last frame there are bytes to come: its connection is used again only after them, and then is."""
     script = Script()
 
-    async def story(dice):
-        async with scripted(dice, script) as (bench, _):
-            bench.background(trickle(script, chunked(HEAD, DATA, END)))
-            return await bench.call(workload())
-
-    async def trickle(script, data):
-        await asyncio.sleep(1.0)
+    async def trickle(data):
         for byte in data:
             script.peers[-1].transport.write(bytes([byte]))
             await asyncio.sleep(0.01)
 
-    assert run(story).whole
+    async def story(dice):
+        async with scripted(dice, script) as (bench, _):
+            for _ in range(2):
+                call = bench.background(bench.call(workload()))
+                await asyncio.sleep(0.5)
+                await trickle(chunked(*frames))
+                outcome = await call
+                assert (type(outcome.error) if outcome.error else None) is kind
+        assert opened(script) == 1
+
+    run(story)
+    script.peers.clear()
+    frames = frames[-1:] if kind else frames  # an error instead of a head
+    run(story)
 
 
 # Silence.
@@ -289,6 +301,24 @@ def test_a_node_that_says_nothing_before_the_commit_is_left_and_told_so():
     assert (outcome.error.reason, outcome.error.ran) == (Reason.QUEUE_TIMEOUT, Ran.NO)
     assert 5.0 <= took_s <= 5.0 + MARGIN_S + 0.1
     assert f"DELETE /v1/invocations/{outcome.invocation.id}" in script.seen
+
+
+def test_a_node_that_is_silent_on_a_connection_used_before_is_not_asked_again():
+    """The connection stands: it is not one that was closed under us."""
+    script = whole_answers()
+
+    async def story(dice):
+        async with scripted(dice, script) as (bench, _):
+            await bench.call(workload())
+            script.to_head = b""
+            error = await bench.refusal(workload(), start_within_s=5.0)
+            assert (error.reason, error.ran) == (Reason.QUEUE_TIMEOUT, Ran.NO)
+            script.orders = lambda _line: b""
+            assert isinstance(await refusal_of("resume", bench), GuestUnavailable)
+        assert script.seen.count("POST /v1/invocations") == 2
+        assert script.seen.count("DELETE /v1/node/drain") == 1
+
+    run(story)
 
 
 @pytest.mark.parametrize("frames", [[], [HEAD], [HEAD, DATA]])
@@ -615,6 +645,33 @@ def test_a_node_that_has_started_anew_is_not_taken_for_the_one_before(verb):
                 assert wire.node.boot_id() == boot_id != first
                 await bench.node.ensure(work)
                 assert (await bench.call(work)).whole
+
+    run(story)
+
+
+def test_a_late_word_from_the_node_before_does_not_make_the_new_one_forgotten():
+    """It is refused for the start that it named; the agent knows of another one by then."""
+    script = Script(orders=lambda _line: b"")
+    anew = msgspec.json.encode(structs.replace(REPORT, boot_id="boot2")) + b"\n"
+    misdirected = encode_error(GuestUnavailable(Reason.NODE_UNREACHABLE, "it has started anew"))[1]
+
+    async def story(dice):
+        network = Network(dice)
+        listener = network.listen(ADDRESS, lambda: Peer(script))
+        async with (
+            RemoteNode(NODE_ID, lambda protocol: network.connect(ADDRESS, protocol)) as node,
+            asyncio.TaskGroup() as background,
+            aclosing(node.reports()) as reports,
+        ):
+            await anext(reports)
+            late = background.create_task(refusal_of("resume", Bench(node, None, [], list, background.create_task)))
+            await asyncio.sleep(1.0)
+            script.peers[0].transport.write(b"%x\r\n%b\r\n" % (len(anew), anew))
+            assert (await anext(reports)).boot_id == "boot2"
+            script.peers[1].transport.write(sized(421, misdirected))
+            assert "started anew" in (await late).message
+            assert node.boot_id() == "boot2"
+            listener.close()
 
     run(story)
 

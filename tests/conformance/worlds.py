@@ -273,7 +273,7 @@ async def running(there: Machine, *, boot_id: str = "boot1") -> AsyncIterator[Lo
 
 
 @asynccontextmanager
-async def served(node: LocalNode, there: Machine, **options) -> AsyncIterator[ServerState]:
+async def served(node: LocalNode, there: Machine, **options) -> AsyncIterator[NodeDaemon]:
     """Serve a node at `ADDRESS` by its daemon, over the listener that a node daemon has."""
     daemon = NodeDaemon(node, emit=there.events.append, body_bytes_max=BODY_BYTES_MAX, **options)
     limits = ListenerLimits(head_bytes=HEAD_BYTES_MAX)
@@ -281,7 +281,7 @@ async def served(node: LocalNode, there: Machine, **options) -> AsyncIterator[Se
     state = ServerState()
     listener = there.network.listen(ADDRESS, protocol_factory(config, state))
     try:
-        yield state
+        yield daemon
     finally:
         listener.close()
         daemon.close()

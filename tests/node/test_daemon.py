@@ -568,12 +568,12 @@ def test_reports_end_when_the_daemon_is_asked_to_end_them():
     """Their stream comes to its end, in good order."""
 
     async def main(dice):
-        async with machine(dice) as there, running(there) as node:
-            async with served(node, there):
-                agent = await Place(there).agent()
-                agent.say(head("GET", "/v1/node/reports", boot_id=None))
-                await agent.until(lambda: agent.body)
-            await asyncio.sleep(0.1)
+        async with machine(dice) as there, running(there) as node, served(node, there) as daemon:
+            agent = await Place(there).agent()
+            agent.say(head("GET", "/v1/node/reports", boot_id=None))
+            await agent.until(lambda: agent.body)
+            daemon.close()
+            assert (await agent.answer())[0] == 200
             assert not node._hearers
 
     virtual_time.run(main, seed=1)
