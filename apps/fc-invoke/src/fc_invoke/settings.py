@@ -14,11 +14,6 @@ PREFIX = "FC_INVOKE_"
 UNUSED = {
     "FC_INVOKE_CANONICAL_VSOCK_DIR": "clones have their own sockets without it",
     "FC_INVOKE_SNAPSHOT_ROOT": "bases lie in FC_INVOKE_STATE_ROOT",
-    "FC_INVOKE_KERNEL_IMAGE": "this version runs process guests only",
-    "FC_INVOKE_KERNEL_BOOT_ARGS": "this version runs process guests only",
-    "FC_INVOKE_HARNESS_INIT": "this version runs process guests only",
-    "FC_INVOKE_JAILER": "this version runs process guests only",
-    "FC_INVOKE_GUEST_OOM_SCORE_ADJ": "process guests always volunteer to the OOM killer",
     "FC_INVOKE_EGRESS_SIDECAR_ADDR": "guests of this version have no egress",
 }
 """Variables of the Go daemon that are accepted, and why they change nothing."""

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Literal, Protocol, TextIO
 
 from msgspec import Struct
 
+from substrate_node.fcvm import DEFAULT_BOOT_ARGS, FirecrackerVmm, MicroVmRules, outfitted, sweep_orphans
 from substrate_node.memory import default_memory_mib
 from substrate_node.node import LocalNode, NodeIdentity, NodeTimes
 from substrate_node.procvm import ProcessVmm
 from substrate_node.ready import IdentityMint
 from substrate_node.state import StateRoot, default_state_root, locked_state_root
+from substrate_node.vmm import Orphan, Vmm
 from substrate_seam.events import Emit, OrphanRemoved, WarningRaised
 
 
 class NodeSettings(Protocol):
     """What this machine is to its cluster. Without `memory_mib`: what it has, less a reserve.
 
-    Without `state_root`: the usual place of a daemon of its name.
+    Without `state_root`: the usual place of a daemon of its name. MicroVMs need `firecracker_bin` and `kernel_image`;
+    `harness_init` is the init of guests on the Go shim, ours have their own.
     """
 
     @property
@@ -39,13 +42,27 @@ class NodeSettings(Protocol):
     def boot_within_s(self) -> float: ...  # noqa: D102
     @property
     def audit_journal(self) -> Path | None: ...  # noqa: D102
+    @property
+    def firecracker_bin(self) -> Path: ...  # noqa: D102
+    @property
+    def kernel_image(self) -> Path: ...  # noqa: D102
+    @property
+    def kernel_initrd(self) -> Path | None: ...  # noqa: D102
+    @property
+    def kernel_boot_args(self) -> str | None: ...  # noqa: D102
+    @property
+    def harness_init(self) -> str: ...  # noqa: D102
+    @property
+    def jailer(self) -> Literal["auto", "on", "off"]: ...  # noqa: D102
+    @property
+    def guest_oom_score_adj(self) -> int: ...  # noqa: D102
 
 
 class HostedNode(Struct, frozen=True, kw_only=True):
-    """A node that runs, its monitor of process guests, and the entries of its audit journal (None: none is kept)."""
+    """A node that runs, the monitors it has, and the entries of its audit journal (None: none is kept)."""
 
     node: LocalNode
-    vmm: ProcessVmm
+    vmms: tuple[Vmm, ...]
     journal: JournalFile | None
 
     async def drain(self, within_s: float) -> None:
@@ -76,19 +93,23 @@ async def hosted_node(
 ) -> AsyncIterator[HostedNode]:
     """Be a node for the length of the block, in a daemon of that name whose settings begin with `prefix`.
 
-    `guest_argv` starts a process guest (see `ProcessVmm`). Raises `StateRootUnusable`, `VmmError` if no guest can be
-    started at all, and `OSError` for a journal it can't write.
+    `guest_argv` starts a process guest (see `ProcessVmm`). MicroVMs are made where Firecracker and KVM are at hand.
+    Raises `StateRootUnusable`, `VmmError` if no guest can be started at all or not as it was asked for, and `OSError`
+    for a journal it can't write.
     """
     boot_id = os.urandom(16).hex()
     place = settings.state_root or default_state_root(daemon, os.environ)
-    with ExitStack() as files:
+    async with AsyncExitStack() as held:
+        files = held.enter_context(ExitStack())
         root = files.enter_context(locked_state_root(place, boot_id=boot_id, setting=f"{prefix}STATE_ROOT"))
         journal = _open_journal(settings.audit_journal, files)
-        vmm = await _process_vmm(root, guest_argv, audited=journal is not None, emit=emit)
+        microvms = await _firecracker_vmm(_microvm_rules(settings, daemon), root, held, emit=emit)
+        processes = await _process_vmm(root, guest_argv, audited=journal is not None, emit=emit)
+        vmms: tuple[Vmm, ...] = (processes,) if microvms is None else (microvms, processes)
         identity = NodeIdentity(node_id=settings.node_id, boot_id=boot_id, arch=settings.arch, pod_uid=settings.pod_uid)
         async with LocalNode(
             identity,
-            vmms=[vmm],
+            vmms=vmms,
             memory_mib=default_memory_mib() if settings.memory_mib is None else settings.memory_mib,
             mint=IdentityMint(wall_ns=time.time_ns, entropy=os.urandom),
             emit=emit,
@@ -96,17 +117,49 @@ async def hosted_node(
             record=journal.record if journal is not None else None,
             clock=time.monotonic,  # uvloop's clock stands still for a millisecond
         ) as node:
-            yield HostedNode(node=node, vmm=vmm, journal=journal)
+            yield HostedNode(node=node, vmms=vmms, journal=journal)
 
 
 def _open_journal(path: Path | None, files: ExitStack) -> JournalFile | None:
     return JournalFile(files.enter_context(path.open("a"))) if path is not None else None
 
 
+def _microvm_rules(settings: NodeSettings, daemon: str) -> MicroVmRules:
+    return MicroVmRules(
+        firecracker=settings.firecracker_bin,
+        kernel=settings.kernel_image,
+        initrd=settings.kernel_initrd,
+        boot_args=settings.kernel_boot_args or DEFAULT_BOOT_ARGS,
+        foreign_init=settings.harness_init,
+        jail=settings.jailer,
+        cgroup_parent=daemon,
+        oom_score_adj=settings.guest_oom_score_adj,
+    )
+
+
+async def _firecracker_vmm(
+    rules: MicroVmRules, root: StateRoot, held: AsyncExitStack, *, emit: Emit
+) -> FirecrackerVmm | None:
+    """The monitor of microVMs, where there can be one. What an earlier daemon left of them goes in any case."""
+    if not rules.possible():
+        _tell_orphans(await sweep_orphans(root.run, None), emit)
+        return None
+    outfit = await held.enter_async_context(outfitted(rules))
+    vmm = FirecrackerVmm(outfit, run=root.run, bases=root.bases)
+    _tell_orphans(await vmm.sweep(), emit)
+    for message in (*outfit.warnings, *await vmm.sweep_bases(now_s=time.time())):
+        emit(WarningRaised(message=message))
+    return vmm
+
+
+def _tell_orphans(orphans: Iterable[Orphan], emit: Emit) -> None:
+    for orphan in orphans:
+        emit(OrphanRemoved(guest=orphan.guest_id, pid=orphan.pid))
+
+
 async def _process_vmm(root: StateRoot, guest_argv: tuple[str, ...], *, audited: bool, emit: Emit) -> ProcessVmm:
     vmm = ProcessVmm(root.run, guest_argv=guest_argv, env={"SUBSTRATE_AUDIT": "1"} if audited else {})
-    for orphan in await vmm.sweep():
-        emit(OrphanRemoved(guest=orphan.guest_id, pid=orphan.pid))
+    _tell_orphans(await vmm.sweep(), emit)
     for measure in (await vmm.probe()).missing:
         emit(WarningRaised(message=f"process guests lack {measure.name}: {measure.why_not}", hint=measure.hint))
     return vmm

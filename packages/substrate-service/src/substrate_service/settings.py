@@ -16,6 +16,7 @@ from substrate_service.address import Address, parse_address
 
 Value = TypeVar("Value")
 Default = TypeVar("Default")
+Word = TypeVar("Word", bound=str)
 
 _SHOWN_CHARACTERS_MAX: Final = 80
 _SIZE = re.compile(r"([0-9]{1,15})\s*(|B|KiB|MiB|GiB|TiB)")
@@ -126,13 +127,14 @@ class EnvironmentReader:
 
         return self._read(variable, default, parse, f"{', '.join(_TRUE)} or {', '.join(_FALSE)}")
 
-    def choice(self, variable: str, default: Default, *, among: Collection[str]) -> str | Default:
+    def choice(self, variable: str, default: Default, *, among: Collection[Word]) -> Word | Default:
         """One of a few words."""
 
-        def parse(text: str) -> str:
-            if text not in among:
-                raise ValueError
-            return text
+        def parse(text: str) -> Word:
+            for word in among:
+                if word == text:
+                    return word
+            raise ValueError
 
         return self._read(variable, default, parse, ", ".join(among))
 

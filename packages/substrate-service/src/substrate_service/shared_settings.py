@@ -6,6 +6,7 @@ import platform
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -13,6 +14,7 @@ from substrate_service.address import Address, TcpAddress
 from substrate_service.settings import EnvironmentReader
 
 MIB = 1024 * 1024
+JAILED: tuple[Literal["auto", "on", "off"], ...] = ("auto", "on", "off")
 _GO_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -46,6 +48,12 @@ class NodeSettings(Struct, frozen=True, kw_only=True):
     memory_mib: int | None
     boot_within_s: float
     firecracker_bin: Path
+    kernel_image: Path
+    kernel_initrd: Path | None
+    kernel_boot_args: str | None
+    harness_init: str
+    jailer: Literal["auto", "on", "off"]
+    guest_oom_score_adj: int
     audit_journal: Path | None
 
 
@@ -110,5 +118,11 @@ def read_node(reader: EnvironmentReader, prefix: str, environment: Mapping[str, 
         memory_mib=reader.integer(f"{prefix}MEMORY_MIB", None, at_least=1),
         boot_within_s=reader.duration(f"{prefix}BOOT_READY_TIMEOUT", 60.0),
         firecracker_bin=reader.path(f"{prefix}FIRECRACKER_BIN", Path("/opt/fc/firecracker")),
+        kernel_image=reader.path(f"{prefix}KERNEL_IMAGE", Path("/opt/fc/vmlinux.container")),
+        kernel_initrd=reader.path(f"{prefix}KERNEL_INITRD", None),
+        kernel_boot_args=reader.text(f"{prefix}KERNEL_BOOT_ARGS", None),
+        harness_init=reader.text(f"{prefix}HARNESS_INIT", "/usr/local/bin/fc-shim-init"),
+        jailer=reader.choice(f"{prefix}JAILER", JAILED[0], among=JAILED),
+        guest_oom_score_adj=reader.integer(f"{prefix}GUEST_OOM_SCORE_ADJ", 1000, at_most=1000),
         audit_journal=reader.path(f"{prefix}AUDIT_JOURNAL", None),
     )

@@ -23,6 +23,8 @@ from substrate_seam.workload import WorkloadSpec
 
 DEFAULT_BOOT_ARGS = "console=ttyS0 quiet reboot=k panic=1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd"
 """Each character on the console costs the guest two exits to the host: a quiet kernel starts much sooner."""
+OUR_INIT = "/.substrate/init"
+"""The first process of an image that was made by this project, unless its workload names another."""
 KVM = Path("/dev/kvm")
 _ANSWERS_WITHIN_S = 10.0
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part")
@@ -31,7 +33,8 @@ _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CP
 class MicroVmRules(Struct, frozen=True, kw_only=True):
     """How microVMs are to be made here; `kvm` is what must be usable for them.
 
-    `jailer` None: the program beside `firecracker`. `cgroup_root` None: where control groups of version 2 are mounted.
+    `foreign_init` is the first process of guests on the Go shim. `jailer` None: the program beside `firecracker`.
+    `cgroup_root` None: where control groups of version 2 are mounted.
     `jail` is `on` (or nothing runs), `off`, or `auto`: on wherever it is possible.
     """
 
@@ -39,7 +42,7 @@ class MicroVmRules(Struct, frozen=True, kw_only=True):
     kernel: Path
     initrd: Path | None = None
     boot_args: str = DEFAULT_BOOT_ARGS
-    init: str = "/usr/local/bin/fc-shim-init"
+    foreign_init: str = "/usr/local/bin/fc-shim-init"
     jail: Literal["auto", "on", "off"] = "auto"
     jailer: Path | None = None
     cgroup_root: Path | None = None
@@ -89,7 +92,8 @@ class Outfit(Struct, frozen=True, kw_only=True):
 
     def boot_args(self, spec: WorkloadSpec) -> str:
         """The guest kernel's command line; Firecracker adds the root device."""
-        return f"{self.rules.boot_args} init={spec.harness_init or self.rules.init}"
+        usual = OUR_INIT if spec.guest == "substrate" else self.rules.foreign_init
+        return f"{self.rules.boot_args} init={spec.harness_init or usual}"
 
     def objection(self, manifest: Manifest) -> str | None:
         """Why no workload here can ever use a base again; None if one may."""
