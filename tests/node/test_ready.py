@@ -169,7 +169,7 @@ def test_nobody_waits_for_a_guest_that_has_died(workload: Workload, at: At):
         guest.die("exit status 3", "kernel panic")
         with pytest.raises(NotReady):
             await making
-        assert ward.loop.time() - died_s < 0.001
+        assert ward.loop.time() - died_s < 0.01, "a connect that is under way may end first"
         assert contact.words == "; it ended with exit status 3 after saying: kernel panic"
 
     simulated(story)
