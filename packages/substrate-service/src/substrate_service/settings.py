@@ -108,14 +108,14 @@ class EnvironmentReader:
         return self._read(variable, default, parse_address, address.ACCEPTED)
 
     def path(self, variable: str, default: Default) -> Path | Default:
-        """An absolute path; whether anything is there is for its user to find out."""
+        """A path, made absolute from where the daemon was started; whether anything is there its user finds out."""
 
         def parse(text: str) -> Path:
-            if not text.startswith("/") or "\0" in text:
+            if "\0" in text:
                 raise ValueError
-            return Path(text)
+            return Path(text).absolute()
 
-        return self._read(variable, default, parse, "an absolute path")
+        return self._read(variable, default, parse, "a path")
 
     def boolean(self, variable: str, *, default: Default) -> bool | Default:
         """True or false, in any of the usual words."""
