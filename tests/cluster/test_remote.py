@@ -395,6 +395,25 @@ def test_one_connection_carries_call_after_call_also_after_refusals():
     run(story)
 
 
+def test_what_was_not_read_of_an_answer_is_no_part_of_the_next():
+    """Its connection can be used again all the same, if it was whole."""
+    body = b"".join(data_frames(b"x" * 1_000_000))
+    script = Script(to_body=chunked(HEAD, body, END))
+
+    async def story(dice):
+        async with scripted(dice, script) as (bench, _):
+            async with bench.node.invoke(bench.invocation(workload())):
+                await asyncio.sleep(1.0)
+            script.to_body = chunked(HEAD, DATA, END)
+            for _ in range(2):
+                async with bench.node.invoke(bench.invocation(workload())):
+                    await asyncio.sleep(1.0)
+                assert (await bench.call(workload())).body == b"hello"
+        assert opened(script) == 2, "the first answer was not whole: nobody had read so far"
+
+    run(story)
+
+
 def test_the_connection_used_last_is_used_first_and_unused_ones_go():
     """After thirty seconds, well before the node would close them."""
     script = whole_answers()

@@ -114,10 +114,7 @@ class Connection(asyncio.Protocol):
                 return None
             await self._news()
         piece = self._pieces.popleft()
-        self._buffered -= len(piece)
-        if self._read_paused and self._buffered <= _BUFFERED_BYTES_MAX // 2:
-            self._read_paused = False
-            self._transport.resume_reading()
+        self._took(len(piece))
         return piece
 
     async def body(self, *, bytes_max: int) -> bytes:
@@ -140,7 +137,9 @@ class Connection(asyncio.Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-        if self.failure is None and reader is not None and reader.complete and reader.keep_alive and not self._buffered:
+        if self.failure is None and reader is not None and reader.complete and reader.keep_alive:
+            self._pieces.clear()
+            self._took(self._buffered)
             self._home.keep(self)
         else:
             self.fail(Broken("this end has left"))
@@ -204,6 +203,13 @@ class Connection(asyncio.Protocol):
     def _now(self) -> ReplyReader:
         assert self._reader is not None, "no exchange goes on"
         return self._reader
+
+    def _took(self, count: int) -> None:
+        """So many bytes are buffered no more."""
+        self._buffered -= count
+        if self._read_paused and self._buffered <= _BUFFERED_BYTES_MAX // 2:
+            self._read_paused = False
+            self._transport.resume_reading()
 
     async def _news(self) -> None:
         """Wait until something has changed. Raises `Broken` when nothing will."""
