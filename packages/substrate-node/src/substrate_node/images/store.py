@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -194,8 +195,8 @@ def _written(
     report: Report,
 ) -> tuple[ext4.Plan, str]:
     """Write the file system; where it lies in it, and the digest of it all."""
-    with tempfile.TemporaryFile(dir=scratch, buffering=MIB) as file:
-        contents = Contents(file)
+    with tempfile.TemporaryFile(dir=scratch, buffering=0) as file:  # read here and there: a buffer would read too much
+        contents = Contents(io.BufferedWriter(file, MIB))
         root = assembled(image, extra, contents, limits=limits, report=report)
         contents.seal()
         plan = ext4.plan(root, uuid=uuid, label=LABEL, size_bytes=size_bytes)

@@ -97,7 +97,7 @@ class TarReader:
         self._limits = limits
         self._left = 0  # bytes of data, padding included, that belong to the entry at hand
         self._global: dict[bytes, bytes] = {}
-        self._where = "its first header"
+        self._at: int | bytes = 0  # the header, or the path of the entry, that is being read
         self._read = 0
 
     @property
@@ -162,7 +162,7 @@ class TarReader:
         head = self._some(BLOCK)
         if not head or head == bytes(BLOCK):
             return None
-        self._where = f"the header at byte {at}"
+        self._at = at
         if len(head) < BLOCK:
             raise self._wrong(f"is cut off after {len(head)} bytes")
         if not _has_checksum(head):
@@ -173,7 +173,7 @@ class TarReader:
         found = {key: [value] for key, value in self._global.items()} | extended
         pax = {key: values[-1] for key, values in found.items() if values[-1]}
         path = pax.get(b"GNU.sparse.name") or pax.get(b"path") or _name(head)
-        self._where = f"the entry {shown(path)!r}"
+        self._at = path
         link = pax.get(b"linkpath", _text(head[157:257]))
         self._check_names(path, link)
         kind = self._kind(head, path)
@@ -348,7 +348,8 @@ class TarReader:
         return data
 
     def _wrong(self, what: str) -> ImageUnusable:
-        return ImageUnusable(f"{self._origin}: {self._where} {what}")
+        where = f"the header at byte {self._at}" if isinstance(self._at, int) else f"the entry {shown(self._at)!r}"
+        return ImageUnusable(f"{self._origin}: {where} {what}")
 
 
 def _has_checksum(head: bytes) -> bool:
