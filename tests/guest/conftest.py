@@ -41,11 +41,11 @@ def start(tmp_path) -> Iterator[Callable[..., Guest]]:
     """Start shims; each is dead, and its threads are gone, when the test ends.
 
     `source` becomes the module `handlers` beside the shim. `journal` is what the host's journal answers to an entry;
-    with `None` there is no journal.
+    with `None` there is no journal. `command` is for another verb than `serve`.
     """
     with ExitStack() as undo:
 
-        def started(target="handlers:app", *, source="", env=None, journal=None, options=()):
+        def started(target="handlers:app", *, source="", env=None, journal=None, options=(), command=None):
             directory = tmp_path / f"guest-{len(list(tmp_path.iterdir()))}"
             directory.mkdir()
             (directory / "handlers.py").write_text(source)
@@ -56,7 +56,7 @@ def start(tmp_path) -> Iterator[Callable[..., Guest]]:
                 listener.bind(str(path))
                 listener.listen()
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "substrate_guest", "serve", target, *options],
+                    [sys.executable, "-m", "substrate_guest", *(command or ("serve", target, *options))],
                     cwd=directory,
                     env=os.environ
                     | {"SUBSTRATE_LISTEN_FD": str(listener.fileno()), "SUBSTRATE_DIAL_FD": str(theirs.fileno())}

@@ -34,7 +34,7 @@ class FakeKernel:
             raise PermissionError(1, "Operation not permitted")
         self.was_set.append(value)
 
-    set_clock = set_hostname = add_entropy = _set
+    set_clock = set_hostname = add_entropy = set_boot_id = set_machine_id = _set
 
 
 def test_an_identity_is_what_the_node_says():
@@ -93,11 +93,11 @@ def test_random_numbers_and_temporary_names_depend_on_the_entropy():
     assert tempfile._get_candidate_names() is not names
 
 
-def test_a_vm_gets_clock_host_name_and_entropy():
+def test_a_vm_gets_entropy_clock_host_name_and_ids():
     kernel = FakeKernel()
     done = Identities(kernel, {}).adopt(parse_identity(told()))
-    assert sorted(kernel.was_set, key=str) == sorted([ENTROPY, 1_700_000_000_000_000_000, "guest"], key=str)
-    assert done == {"entropy": "set", "clock": "set", "hostname": "set", "ca": "none"}
+    assert kernel.was_set == [ENTROPY, 1_700_000_000_000_000_000, "guest", IDENTITY["boot_id"], ENTROPY]
+    assert done == dict.fromkeys(["entropy", "clock", "hostname", "boot_id", "machine_id"], "set") | {"ca": "none"}
 
 
 def test_a_guest_without_the_privilege_goes_on_and_says_so():

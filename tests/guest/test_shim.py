@@ -232,7 +232,7 @@ def test_a_crashing_guest_cuts_its_replies(start):
         ("handlers:missing", (), "substrate-guest: module 'handlers' has no 'missing'"),
         ("nowhere:app", (), "substrate-guest: no module 'nowhere'"),
         (ECHO, ("--chdir", "/no/such/place"), "substrate-guest: [Errno 2]"),
-        (ECHO, ("--port", "1"), "accepted is serve MODULE:ATTRIBUTE"),
+        (ECHO, ("--port", "1"), "accepted are serve MODULE:ATTRIBUTE"),
     ],
 )
 def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(start, target, options, says):

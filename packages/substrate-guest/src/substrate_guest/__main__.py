@@ -1,11 +1,16 @@
-"""The command line: `python -m substrate_guest serve module:attribute [--chdir DIR]`."""
+"""The command line: `python -m substrate_guest serve module:attribute`, or `exec` or `http` and a program."""
 
 import sys
+from typing import NoReturn
 
+PORT_MAX = 65535
 USAGE = """\
 usage: python -m substrate_guest serve MODULE:ATTRIBUTE [--chdir DIR]
+       python -m substrate_guest exec PROGRAM [ARGUMENT...]
+       python -m substrate_guest http PORT PROGRAM [ARGUMENT...]
 
-Serves a workload to the host of this guest, one HTTP exchange per connection.
+Serves a workload to the host of this guest, one HTTP exchange per connection: a Python object; a program that is run
+for each request, with the body as its standard input; or an HTTP server that the program starts on PORT of 127.0.0.1.
 
   MODULE:ATTRIBUTE  where the workload is: a substrate_guest.App, a callable that takes a
                     substrate_guest.Request, or an ASGI application
@@ -34,6 +39,10 @@ def main(arguments: list[str]) -> None:
             directory = None
         case ["serve", target, "--chdir", directory] | ["serve", "--chdir", directory, target]:
             pass
+        case ["exec", *argv] if argv:
+            _serve_exec(argv)
+        case ["http", port, *argv] if argv and port.isdigit() and 0 < int(port) <= PORT_MAX:
+            _serve_http(int(port), argv)
         case _:
             sys.exit(_misused(arguments))
     from substrate_guest import shim
@@ -41,9 +50,26 @@ def main(arguments: list[str]) -> None:
     shim.main(target, directory=directory)
 
 
+def _serve_exec(argv: list[str]) -> NoReturn:
+    from substrate_guest import shim
+    from substrate_guest.command import Command
+    from substrate_guest.execution import ExecWorkload
+
+    shim.run(lambda: ExecWorkload(Command(tuple(argv))))
+
+
+def _serve_http(port: int, argv: list[str]) -> NoReturn:
+    from substrate_guest import shim
+    from substrate_guest.command import Command
+    from substrate_guest.proxy import HttpWorkload
+
+    shim.run(lambda: HttpWorkload(Command(tuple(argv)), port))
+
+
 def _misused(arguments: list[str]) -> int:
     print(  # noqa: T201  # the console is where this is read
-        f"substrate-guest: found {' '.join(arguments)!r}, accepted is serve MODULE:ATTRIBUTE [--chdir DIR]; see --help",
+        f"substrate-guest: found {' '.join(arguments)!r}, accepted are serve MODULE:ATTRIBUTE [--chdir DIR], "
+        "exec PROGRAM and http PORT PROGRAM; see --help",
         file=sys.stderr,
     )
     return 2

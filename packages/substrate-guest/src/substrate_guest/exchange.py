@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h11
 
@@ -152,6 +152,18 @@ class Exchange:
             async with asyncio.timeout(LINGER_S):
                 while self._unread and await self._loop.sock_recv(self._sock, RECEIVE_BYTES):
                     pass
+
+    async def while_awaited(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`, and stop when the peer hangs up; what goes wrong comes as an `ExceptionGroup`."""
+        async with asyncio.TaskGroup() as tasks:
+            leaving = tasks.create_task(self._leave())
+            await work
+            leaving.cancel()
+
+    async def _leave(self) -> None:
+        await self.peer_left()
+        if not self.ended:
+            raise ConnectionResetError("the peer left before the reply was complete")
 
     async def peer_left(self) -> None:
         """Return when the peer has hung up or the reply is complete."""

@@ -94,6 +94,14 @@ class Kernel(Protocol):
         """Stir `entropy` into what the kernel hands out as random."""
         ...
 
+    def set_boot_id(self, boot_id: str) -> None:
+        """Let `boot_id` be read as the kernel's."""
+        ...
+
+    def set_machine_id(self, entropy: bytes) -> None:
+        """Let an id made of `entropy` be read as the machine's, where it has one."""
+        ...
+
 
 class OwnKernel:
     """The kernel of the VM that this guest is."""
@@ -118,6 +126,20 @@ class OwnKernel:
             fcntl.ioctl(pool, add_entropy, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
             fcntl.ioctl(pool, reseed)
 
+    def set_boot_id(self, boot_id: str) -> None:
+        """See `Kernel.set_boot_id`."""
+        from substrate_guest.machine import stand_in
+
+        stand_in("/proc/sys/kernel/random/boot_id", f"{boot_id}\n")
+
+    def set_machine_id(self, entropy: bytes) -> None:
+        """See `Kernel.set_machine_id`; the id does not give the entropy away."""
+        from hashlib import sha256
+
+        from substrate_guest.machine import stand_in
+
+        stand_in("/etc/machine-id", f"{sha256(b'machine-id' + entropy).hexdigest()[:32]}\n")
+
 
 class Identities:
     """Makes this process the guest that it is told to be.
@@ -138,6 +160,8 @@ class Identities:
             "entropy": self._ask_kernel("add_entropy", identity.entropy),
             "clock": self._ask_kernel("set_clock", identity.epoch_ns),
             "hostname": self._ask_kernel("set_hostname", identity.hostname),
+            "boot_id": self._ask_kernel("set_boot_id", identity.boot_id),
+            "machine_id": self._ask_kernel("set_machine_id", identity.entropy),
             "ca": "none" if identity.ca_pem is None else self._trust(identity.ca_pem),
         }
 

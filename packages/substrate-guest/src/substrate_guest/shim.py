@@ -109,14 +109,23 @@ def end_on_sigterm() -> None:
 
 def main(target: str, *, directory: str | None = None) -> NoReturn:
     """Serve the workload that `target` (`module:attribute`) names, with `directory` as the working directory."""
+
+    def make() -> Workload:
+        if directory is not None:
+            os.chdir(directory)
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109  # pathlib would be half a dozen modules more to wait for
+        return load(target)
+
+    run(make)
+
+
+def run(make: Callable[[], Workload]) -> NoReturn:
+    """Serve what `make` returns; what it raises of `ValueError`, `OSError` and `NotAWorkload` ends the process."""
     end_on_sigterm()
     try:
         vsock = from_environ(os.environ)
         audit = os.environ.pop(AUDIT_VARIABLE, "") == "1"
-        if directory is not None:
-            os.chdir(directory)
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109  # pathlib would be half a dozen modules more to wait for
-        workload = load(target)
+        workload = make()
     except (ValueError, OSError, NotAWorkload) as error:
         if isinstance(error, NotAWorkload) and error.__cause__ is not None:
             log(error.__cause__)  # the author's own failure, with its line
