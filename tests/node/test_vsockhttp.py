@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -118,7 +119,7 @@ def fed(pieces: list[bytes], **options: Any) -> tuple[int, bytes] | GuestFailed 
 
 def cut(data: bytes, edges: set[int]) -> list[bytes]:
     places = [0, *sorted(edge for edge in edges if edge < len(data)), len(data)]
-    return [data[here:there] for here, there in zip(places, places[1:], strict=False)]  # noqa: RUF007  # one line
+    return [data[here:there] for here, there in pairwise(places)]
 
 
 def test_the_connect_line_and_the_request_leave_in_one_write():
