@@ -859,9 +859,10 @@ def test_a_node_may_be_left_by_somebody_who_is_cancelled(cancels):
             for _ in range(cancels):
                 await asyncio.sleep(0)
                 leaver.cancel()
-            await asyncio.wait({leaver, *waiting})
-            await asyncio.sleep(1.0)
-            assert not [connection for connection in wire.network.connections if connection.address == ADDRESS]
+            await asyncio.wait({leaver})
+            assert leaver.cancelled()
+            assert not wire.node.connections._open
+            await asyncio.wait(waiting)
             await bench.settled()
 
     run(story)

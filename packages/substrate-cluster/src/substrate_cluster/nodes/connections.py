@@ -285,8 +285,6 @@ class Connections:
     async def aclose(self) -> None:
         """Cut every connection and wait until all are gone, even if cancelled."""
         self._ended = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         cancelled: asyncio.CancelledError | None = None
         while self._open:
             for connection in tuple(self._open):
