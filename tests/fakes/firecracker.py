@@ -71,7 +71,7 @@ BODIES = {
         "rate_limiter": ANY,
         "socket": TEXT,
     },
-    "PUT vsock": {"*guest_cid": NUMBER, "*uds_path": TEXT, "vsock_id": TEXT},
+    "PUT vsock": {"vsock_id": TEXT, "*guest_cid": NUMBER, "*uds_path": TEXT},
     "PUT entropy": {"rate_limiter": ANY},
     "PUT actions": {"*action_type": TEXT},
     "PATCH vm": {"*state": TEXT},

@@ -29,6 +29,7 @@ _GOING = ("Load snapshot error: Failed to restore", "Load snapshot error: Failed
 _ADVICE = (  # the first fragment found in a message decides; numbers, because the words depend on the C library
     ("unknown field", "This release of Firecracker does not know the field: install a newer one."),
     ("Invalid data version", "Another release of Firecracker made this base: it has to be built again."),
+    ("bitcode", "The state file is damaged: the base has to be built again."),
     ("CRC64", "The state file is damaged: the base has to be built again."),
     ("File too short", "The state file is cut short: the base has to be built again."),
     ("os error 13", "Let the user that Firecracker runs as read the file."),
