@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from fakes.registry import FakeRegistry, serving
 from fc_invoke.credentials import Login, LoginUnusable, login_for
 from fc_invoke.imaging import ImageRequest, ProgressLine, add_image_command, build
 from fc_invoke.registry import Reference, RegistryUnavailable, pulled
+from real_parts import needs
+from substrate_guest.tree import NoTree, guest_tree
 from substrate_node.images import ARCHITECTURES, Built, ImageStore, ImageUnusable, Limits, Progress
 
 HERE = ARCHITECTURES[platform.machine()]
@@ -436,8 +439,12 @@ def test_a_credential_helper_is_asked(tmp_path, monkeypatch):
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def run(arguments: Sequence[str], *, lay_init=None) -> int:
-    """The command as `main` runs it."""
+def nothing(_: Path) -> None:
+    """An init of no files."""
+
+
+def run(arguments: Sequence[str], *, lay_init=nothing) -> int:
+    """The command as `main` runs it, but for our init, which takes its time."""
     parser = argparse.ArgumentParser()
     add_image_command(parser.add_subparsers(required=True), lay_init=lay_init)
     chosen = parser.parse_args(["image", "build", *arguments])
@@ -491,10 +498,29 @@ def test_our_init_is_laid_in_unless_another_is_named(image, state, tmp_path, cap
     other = tmp_path / "init"
     other.mkdir()
     assert [run([path], lay_init=lay), run([path, "--init", str(other)], lay_init=lay), run([path])] == [0, 0, 0]
-    with_ours, with_none, with_nothing = capsys.readouterr().out.splitlines()
-    assert with_ours != with_none == with_nothing
+    with_ours, with_other, with_nothing = capsys.readouterr().out.splitlines()
+    assert with_ours != with_other == with_nothing
     assert len(laid) == 1
     assert not laid[0].exists()
+
+
+@needs("debugfs")
+@pytest.mark.skipif(HERE != "amd64", reason="our init is built for x86-64 only")
+def test_by_default_an_image_gets_the_init_of_our_guests(image, state, tmp_path, capsys):
+    assert run([str(write_layout(tmp_path / "layout", image))], lay_init=guest_tree) == 0
+    rootfs = capsys.readouterr().out.strip()
+    told = subprocess.run(
+        ["debugfs", "-R", "stat /.substrate/init", rootfs], capture_output=True, text=True, check=True
+    )
+    assert "Type: regular    Mode:  0755" in told.stdout
+
+
+def test_a_machine_that_has_no_init_to_give_is_told_so(image, state, tmp_path, capsys):
+    def lay(_: Path) -> None:
+        raise NoTree("another machine is needed")
+
+    assert run([str(write_layout(tmp_path / "layout", image))], lay_init=lay) == 1
+    assert capsys.readouterr().err == "fc-invoke: another machine is needed\n"
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,21 @@ def test_the_init_is_told_what_the_image_wants_to_run(tmp_path):
 @needs("debugfs", "e2fsck")
 def test_an_image_of_a_single_file_has_what_an_init_mounts_upon(tmp_path):
     rootfs = checked(built(tmp_path, layer(file("app", b"\x7fELF", mode=0o755), folder("tmp", mode=0o700))).rootfs)
-    assert names_in(rootfs, "/") == {"app", "dev", "proc", "run", "sys", "tmp", ".substrate", "lost+found"}
+    assert names_in(rootfs, "/") == {"app", "dev", "etc", "proc", "run", "sys", "tmp", ".substrate", "lost+found"}
     assert stat_of(rootfs, "/proc").mode == 0o040555
     assert stat_of(rootfs, "/tmp").mode == 0o040700  # the image's own stays as it is
+
+
+@needs("debugfs")
+def test_an_image_without_them_gets_the_files_that_a_container_engine_would_provide(tmp_path):
+    rootfs = built(tmp_path, layer(file("app"))).rootfs
+    assert content_of(rootfs, "/etc/hosts") == b"127.0.0.1 localhost\n::1 localhost\n"
+    assert content_of(rootfs, "/etc/machine-id") == b""
+    own = layer(folder("etc"), file("etc/hosts", b"10.0.0.1 db\n"), file("etc/machine-id", b"uninitialized\n"))
+    rootfs = built(tmp_path, own).rootfs
+    assert content_of(rootfs, "/etc/hosts") == b"10.0.0.1 db\n"
+    assert content_of(rootfs, "/etc/machine-id") == b"uninitialized\n"
+    built(tmp_path, layer(symlink("etc", "elsewhere")))
 
 
 def test_what_is_no_file_can_not_be_laid_in(tmp_path, init):

@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from fc_invoke.credentials import LoginUnusable, docker_config_path, login_for
 from fc_invoke.registry import Reference, RegistryUnavailable, pulled
+from substrate_guest.tree import NoTree, guest_tree
 from substrate_node.images import ARCHITECTURES, Built, Image, ImageStore, ImageUnusable, Limits, Progress, opened
 from substrate_node.state import default_state_root
 
@@ -26,7 +27,7 @@ _REFRESH_S = 0.1
 
 Report = Callable[[Progress], None]
 LayInit = Callable[[Path], object]
-"""Puts what guests start with into an empty directory; it becomes `/.substrate`."""
+"""Puts what guests start with into an empty directory, which becomes `/.substrate`."""
 
 
 class ImageRequest(Struct, frozen=True, kw_only=True):
@@ -83,9 +84,9 @@ def _found(request: ImageRequest, pulls: Path, report: Report) -> AbstractContex
 
 
 def add_image_command(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, lay_init: LayInit | None = None
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, lay_init: LayInit = guest_tree
 ) -> None:
-    """Add `image build` to a command line. `lay_init` makes what is added when the caller names nothing else."""
+    """Add `image build` to a command line. `lay_init` provides our init, unless the caller names another."""
     image = verbs.add_parser("image", help="make root file systems for microVMs of container images")
     actions = image.add_subparsers(title="commands", metavar="COMMAND", required=True)
     made = actions.add_parser("build", help="build the root file system of one image, unless it is there")
@@ -102,14 +103,14 @@ def add_image_command(
     made.set_defaults(run=lambda chosen: _run(chosen, lay_init, os.environ))
 
 
-def _run(chosen: argparse.Namespace, lay_init: LayInit | None, environ: Mapping[str, str]) -> int:
+def _run(chosen: argparse.Namespace, lay_init: LayInit, environ: Mapping[str, str]) -> int:
     began_s = time.monotonic()
     with ExitStack() as stack:
         try:
             report = stack.enter_context(_watched(sys.stderr, quiet=chosen.quiet))
-            init = chosen.init or (stack.enter_context(_laid(lay_init)) if lay_init is not None else None)
+            init = chosen.init or stack.enter_context(_laid(lay_init))
             built = build(_request(chosen, init, environ), report=report)
-        except (ImageUnusable, RegistryUnavailable, LoginUnusable) as error:
+        except (ImageUnusable, RegistryUnavailable, LoginUnusable, NoTree) as error:
             stack.close()
             print(f"fc-invoke: {error}", file=sys.stderr)
             return 1

@@ -24,6 +24,8 @@ OURS = b".substrate"
 PROCESS = b"image.json"
 MOUNT_POINTS = {b"dev": 0o755, b"proc": 0o555, b"run": 0o755, b"sys": 0o555, b"tmp": 0o1777}
 """Directories that an init must find, since it can't make them: the file system is read-only."""
+FILES = {b"hosts": b"127.0.0.1 localhost\n::1 localhost\n", b"machine-id": b""}
+"""What `/etc` has of it, unless the image has more: names that must resolve, a place for each clone's own identity."""
 _LOST_AND_FOUND = b"lost+found"
 _NOT_A_LAYER = 0
 
@@ -88,7 +90,7 @@ def _lay(
 
 
 def _add_ours(root: Node, process: Process, extra: Path | None, contents: Contents) -> None:
-    """Lay in what an init needs; of what the image has at these places only directories and links stay."""
+    """Lay in what an init needs, and what programs expect that no layer has since container engines provide it."""
     ours = _read_directory(extra, contents) if extra is not None else directory()
     told = msgspec.json.encode(
         Process(
@@ -105,6 +107,11 @@ def _add_ours(root: Node, process: Process, extra: Path | None, contents: Conten
         found = root.children.get(name)
         if found is None or found.node.kind not in (Kind.DIRECTORY, Kind.SYMLINK):
             root.children[name] = Name(directory(mode), _NOT_A_LAYER)
+    etc = root.children.setdefault(b"etc", Name(directory(), _NOT_A_LAYER)).node
+    for name, text in FILES.items() if etc.kind is Kind.DIRECTORY else ():
+        found = etc.children.get(name)
+        if found is None or (found.node.kind is Kind.FILE and found.node.size == 0):
+            etc.children[name] = Name(_file(io.BytesIO(text), len(text), 0o644, contents), _NOT_A_LAYER)
 
 
 def _read_directory(extra: Path, contents: Contents) -> Node:
