@@ -271,7 +271,7 @@ def surviving_files(members: Sequence[Member]) -> set[str]:
     return {path for path, one in view.items() if one.kind == "file"}
 
 
-@settings(max_examples=fuzz_examples(300))
+@settings(max_examples=fuzz_examples(100))
 @given(st.lists(layers_of_members(), min_size=1, max_size=4))
 def test_random_layers_show_what_an_overlay_of_them_shows(layers):
     view: View = {}
