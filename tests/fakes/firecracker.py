@@ -508,6 +508,7 @@ class Machine:
                 stream.close()
                 return
             case "join":
+                stream.sendall(sock.recv(65_536))  # what came right behind CONNECT
                 sock.sendall(ok + stream.recv(65_536))
             case "split":
                 sock.sendall(ok[:4])

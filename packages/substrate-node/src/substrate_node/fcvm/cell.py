@@ -34,7 +34,7 @@ class Cell(Protocol):
     """Whether the process gets a pid namespace of its own."""
 
     def build(self) -> None:
-        """Make the directories. Raises `OSError`."""
+        """Furnish the directory, which is there. Raises `OSError`."""
         ...
 
     def lend(self, source: Path, name: str) -> None:
@@ -67,7 +67,6 @@ class PlainCell:
 
     def build(self) -> None:
         """See `Cell.build`."""
-        self.directory.mkdir(mode=0o700)
         (self.directory / MARK).touch(mode=0o600)
 
     def lend(self, source: Path, name: str) -> None:

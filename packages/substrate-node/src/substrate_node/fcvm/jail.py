@@ -75,7 +75,6 @@ class JailedCell:
 
     def build(self) -> None:
         """See `Cell.build`."""
-        self.directory.mkdir(mode=0o700)
         (self.directory / MARK).touch(mode=0o600)
         self.root.mkdir(mode=0o700, parents=True)
         self.hand_over(self.root)

@@ -54,6 +54,7 @@ class MicroVm:
         self._cell = cell
         self._api = Api(cell.root / API_SOCKET, release)
         with ExitStack() as theirs, ExitStack() as undo:
+            cell.directory.mkdir(mode=0o700)  # one that is there already is not ours to undo
             undo.callback(cell.remove)
             cell.build()
             for name, source in lent.items():
