@@ -179,17 +179,21 @@ async def test_connections_of_one_guest_are_bounded(tmp_path: Path):
 
     class Open(asyncio.Protocol):
         now = 0
+        changed = asyncio.Event()
 
         def connection_made(self, _transport: asyncio.BaseTransport) -> None:
             Open.now += 1
+            Open.changed.set()
 
         def connection_lost(self, _error: Exception | None) -> None:
             Open.now -= 1
+            Open.changed.set()
 
     async def until(count: int) -> None:
         async with asyncio.timeout(WITHIN_S):
             while Open.now != count:
-                await asyncio.sleep(0.001)
+                Open.changed.clear()
+                await Open.changed.wait()
 
     listeners = Listeners(tmp_path / "v.sock", {1025: Open}, hand_over=lambda _path: None)
     address = str(tmp_path / "v.sock_1025")
