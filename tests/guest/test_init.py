@@ -115,7 +115,7 @@ def test_being_asked_to_end_is_passed_on_and_ends_the_machine(machine):
     guest.restored()
     subprocess.run(["kill", "-TERM", str(_init_of(guest))], check=True)
     guest.process.wait(PATIENCE_S)
-    assert "the machine ends" in guest.process.stderr.read()
+    assert "is gone, killed by SIGTERM; the machine ends" in guest.process.stderr.read()
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ class Exchange:
         self.started = True
         if sum(map(len, frames)) <= JOINED_BYTES_MAX:
             frames = [b"".join(frames)]
-        for frame in frames:
+        for frame in filter(None, frames):  # the end may be no bytes at all, and its reader gone
             await self._loop.sock_sendall(self._sock, frame)
 
 

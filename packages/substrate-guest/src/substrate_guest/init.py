@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from substrate_guest import machine, shim
+from substrate_guest.command import words
 from substrate_guest.failure import describe
 from substrate_guest.image import SERVE_VARIABLE, Image, account, served
 
@@ -38,16 +39,16 @@ def main() -> NoReturn:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, *STOPPED_BY})
             shim.run(_workload)
         status = keep(server)
-        say(f"the workload's server ended with status {status}; the machine ends")
+        say(f"the workload's server is gone, {words(status)}; the machine ends")
         machine.restart()
     except OSError as error:
         say(f"the machine can't be kept: {describe(error)}")
     finally:
-        os._exit(status)
+        os._exit(status & 0xFF)
 
 
 def keep(server: int) -> int:
-    """Reap every child until `server` has ended, and its status; being asked to end is passed on to all there is."""
+    """Reap every child until `server` has ended; its status, negative for a signal. A call to end goes to everybody."""
     end_by_s: float | None = None
     while True:
         told = _told(end_by_s)
@@ -58,7 +59,7 @@ def keep(server: int) -> int:
             os.kill(-1, signal.SIGKILL)
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)) is not None:
             if ended.si_pid == server:
-                return ended.si_status
+                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _told(end_by_s: float | None) -> int | None:
