@@ -329,6 +329,14 @@ def test_a_node_that_falls_silent_after_the_commit_is_left(frames):
     assert 7.0 <= took_s <= 7.0 + 10.0 + MARGIN_S + 0.1
 
 
+@pytest.mark.parametrize("frames", [(HEAD, DATA, END), (error_frame(GuestFailed("x")),)])
+def test_a_node_that_has_said_all_and_does_not_end_its_reply_is_not_waited_for_long(frames):
+    """What it said counts; only its connection is of no more use."""
+    outcome, took_s = heard(Script(to_body=chunked(*frames, last=False)))
+    assert outcome.whole == (len(frames) == 3)
+    assert took_s <= 2 * MARGIN_S
+
+
 def test_a_slow_reader_is_not_taken_for_a_silent_node():
     """Time that the caller takes is not the node's."""
     body = b"".join(data_frames(b"x" * 1_000_000))

@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, cast
 
 from substrate_seam.http1 import BadReply, ReplyReader
@@ -126,10 +127,13 @@ class Connection(asyncio.Protocol):
                 raise Broken(f"its answer is over {bytes_max} bytes")
         return body
 
-    async def complete(self) -> None:
-        """Wait until the reply has come to its end. Raises `Broken`."""
-        while not self._now.complete:
-            await self._news()
+    async def settle(self, *, within_s: float) -> None:
+        """Let the last bytes of a reply that has said all come in, so that the connection can be used again."""
+        if not self._now.complete:
+            self.bound(within_s)
+        with suppress(Broken):
+            while not self._now.complete:
+                await self._news()
 
     def finish(self) -> None:
         """End the exchange: keep the connection if it can carry another, else cut it."""

@@ -399,7 +399,7 @@ class RemoteInvoking:
         ending = decode_end(payload)
         if isinstance(ending, Receipt):
             raise WireError("an end without a head")
-        await _settle(connection)
+        await connection.settle(within_s=self._node.patience.margin_s)
         return ending
 
     def __aiter__(self) -> RemoteInvoking:
@@ -418,7 +418,7 @@ class RemoteInvoking:
                 self._ending = self._lost(error)
             else:
                 if self._connection is not None:
-                    await _settle(self._connection)
+                    await self._connection.settle(within_s=self._node.patience.margin_s)
         if isinstance(self._ending, SubstrateError):
             raise self._ending
         assert self._reply is not None
@@ -451,12 +451,6 @@ class RemoteInvoking:
                 hint="See whether the node can be reached.",
             )
         return GuestFailed(f"node {node_id!r} was lost while it ran the request: {error}")
-
-
-async def _settle(connection: Connection) -> None:
-    """Let the last bytes of a reply that has said all come in, so that its connection can be used again."""
-    with suppress(Broken):
-        await connection.complete()
 
 
 if TYPE_CHECKING:  # the type checker proves that it fits
