@@ -47,7 +47,8 @@ def orphans(specification: str, tests: Mapping[str, set[str]]) -> Iterator[str]:
 
 def test_every_promise_has_its_tests_and_every_file_of_tests_its_promise():
     specification = (ROOT / "docs/SPECIFICATION.md").read_text()
-    assert list(orphans(specification, all_names(ROOT))) == []
+    found = list(orphans(specification, all_names(ROOT)))
+    assert not found, "\n".join(["docs/SPECIFICATION.md and the tests disagree:", *found])
     assert len(PROMISE.findall(specification)) == specification.count("\n- **"), (
         "a promise is not in the form of the others"
     )
