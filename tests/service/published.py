@@ -20,8 +20,8 @@ _HEAD = """\
 # Events and metrics
 
 What happens is told as typed events, one per state change. A daemon turns each of them into a line of its log (JSON, or
-readable on a terminal), into metrics on the admin listener's `/metrics`, and, if it belongs to an invocation, into a step of
-the story that `fc-invoke explain <id>` tells. Names on this page are kept: charts, scalers and pages rest on them.
+readable on a terminal), into metrics on the admin listener's `/metrics`, and, if it belongs to an invocation, into a step
+of the story that `fc-invoke explain <id>` tells. Names on this page are kept: charts, scalers and pages rest on them.
 
 This page is made from the code, and a test holds it to the code.
 
@@ -55,12 +55,8 @@ def render() -> str:
 def _kinds() -> Iterator[type[Event]]:
     for module in (events, logs):
         for kind in vars(module).values():
-            if (
-                inspect.isclass(kind)
-                and issubclass(kind, Event)
-                and kind is not Event
-                and kind.__module__ == module.__name__
-            ):
+            ours = inspect.isclass(kind) and kind.__module__ == module.__name__
+            if ours and issubclass(kind, Event) and kind is not Event:
                 yield kind
 
 

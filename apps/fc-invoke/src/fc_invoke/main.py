@@ -35,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs each request in a guest of its own. Settings are environment variables: see README.md.",
     )
     parser.add_argument("--version", action="version", version=f"fc-invoke {version('fc-invoke')}")
+    from fc_invoke.imaging import add_image_command
+
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     serve = verbs.add_parser("serve", help="serve workloads (the default); built-in ones if no table is configured")
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_addresses(audit)
     audit.set_defaults(run=_audit)
+
+    add_image_command(verbs)
     return parser
 
 
