@@ -20,8 +20,9 @@ _HEAD = """\
 # Events and metrics
 
 What happens is told as typed events, one per state change. A daemon turns each of them into a line of its log (JSON, or
-readable on a terminal), into metrics on the admin listener's `/metrics`, and, if it belongs to an invocation, into a step
-of the story that `fc-invoke explain <id>` tells. Names on this page are kept: charts, scalers and pages rest on them.
+readable on a terminal), into metrics on the admin listener's `/metrics`, and, if it belongs to an invocation, into a
+step of the story that `fc-invoke explain <id>` tells. Names on this page are kept: charts, scalers and pages rest on
+them.
 
 This page is made from the code, and a test holds it to the code.
 
