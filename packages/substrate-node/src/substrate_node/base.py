@@ -32,9 +32,10 @@ class _Shelf:
 
 
 class Bases:
-    """All warm bases of one node, by input key. `changed` hears the key whose base is new or gone.
+    """All warm bases of one node, by input key. `changed` hears the key whose base is new.
 
-    A base that restores are using is not discarded until the last `release`.
+    A base that restores are using is not discarded until the last `release`. `starving` says whether a call lacks
+    memory: then none is begun.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Bases:
         reaper: Reaper,
         emit: Emit,
         build_within_s: float,
+        starving: Callable[[], bool] = lambda: False,
         changed: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._ledger = ledger
@@ -52,6 +54,7 @@ class Bases:
         self._reaper = reaper
         self._emit = emit
         self._build_within_s = build_within_s
+        self._starving = starving
         self._changed = changed
         self._shelves: dict[str, _Shelf] = {}
         self._holds: dict[str, int] = {}
@@ -163,7 +166,7 @@ class Bases:
         Nothing is awaited once the base is there, so that no cancellation can come between it and its shelf.
         """
         loop, workload = asyncio.get_running_loop(), shelf.workload
-        lease = self._ledger.reserve(workload.spec.memory_mib)
+        lease = None if self._starving() else self._ledger.reserve(workload.spec.memory_mib)
         if lease is None:
             self._told_failure(shelf, f"no {workload.spec.memory_mib} MiB of memory are free to build it in")
             return None

@@ -372,9 +372,11 @@ class Claim:
                     raise
             except OSError as error:
                 why = f"it could not be reached: {error}"
+            finally:
+                if not exchange.written:  # then it must never be, whatever becomes of the connection
+                    exchange.close()
             if exchange.written:  # if only in the last moment: `run_within_s` bounds it from here
                 return exchange
-            exchange.close()
             await self._within_start(partial(self._start_over, why))
 
     async def _dial(self, exchange: Exchange) -> None:
@@ -406,9 +408,8 @@ class Claim:
         guest = self._guest
         if guest is None or not isinstance(error, GuestFailed) or self._returning is not None:
             return error
-        if not guest.exited.done():
-            await asyncio.wait({guest.exited}, timeout=DEATH_GRACE_S)
-        if not guest.exited.done():
+        await asyncio.wait({guest.exited}, timeout=DEATH_GRACE_S)
+        if not guest.exited.done() or self._returning is not None:  # or it was us who ended it
             return error
         ended = guest.exited.result()
         words = f"{error.message}: it ended with {ended.words}"

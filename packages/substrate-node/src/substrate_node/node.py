@@ -104,6 +104,7 @@ class LocalNode:
             reaper=self._reaper,
             emit=emit,
             build_within_s=times.boot_within_s,
+            starving=lambda: self._slots.starving,
             changed=self._base_changed,
         )
         starter = Starter(
@@ -165,8 +166,7 @@ class LocalNode:
             self._drain_timer.cancel()
         for timer in self._forgotten.values():
             timer.cancel()
-        for hearer in self._hearers:
-            hearer.close()
+        self._changed(None)
         self._end_calls()
         self._bases.stop()
         self._pool.close()
@@ -258,7 +258,7 @@ class LocalNode:
 
         An agent that still needs it after that hears `unknown-digest` and ensures it again.
         """
-        if digest in self._hosted and digest not in self._forgotten:
+        if digest in self._hosted and digest not in self._forgotten and not self._closing:
             self._drop_later(digest)
 
     def _drop_later(self, digest: str) -> None:
@@ -310,6 +310,8 @@ class LocalNode:
 
     async def drain(self, *, within_s: float) -> None:
         """Take no new invocations. Those that wait or run have `within_s` seconds, then they are ended."""
+        if self._closing:
+            return
         self._draining_until_s = self._loop.time() + within_s
         if self._drain_timer is not None:
             self._drain_timer.cancel()
@@ -351,7 +353,10 @@ class LocalNode:
         self._hearers[hearer] = None
         try:
             yield self._report({digest: self._workload_report(digest) for digest in self._hosted}, full=True)
-            while await hearer.news(self._loop):
+            while True:
+                await hearer.news(self._loop)
+                if self._closing:
+                    return
                 dirty = hearer.take()
                 yield self._report({digest: self._workload_report(digest) for digest in dirty}, full=False)
         finally:
@@ -417,6 +422,7 @@ class LocalNode:
     def _memory_freed(self) -> None:
         self._slots.retry()
         self._pool.freed()
+        self._changed(None)
 
 
 class _Hearer:
@@ -425,25 +431,18 @@ class _Hearer:
     def __init__(self) -> None:
         self._dirty: dict[str, None] = {}
         self._told = asyncio.Event()
-        self._closed = False
 
     def tell(self, digest: str | None) -> None:
         if digest is not None:
             self._dirty[digest] = None
         self._told.set()
 
-    def close(self) -> None:
-        self._closed = True
-        self._told.set()
-
-    async def news(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Wait until there is something to say, or it is time to say anything. False when there is no more."""
-        if not self._closed:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(loop.time() + REPORT_EVERY_S):
-                    await asyncio.sleep(REPORT_GAP_S)
-                    await self._told.wait()
-        return not self._closed
+    async def news(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until there is something to say, or it is time to say anything."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(loop.time() + REPORT_EVERY_S):
+                await asyncio.sleep(REPORT_GAP_S)
+                await self._told.wait()
 
     def take(self) -> dict[str, None]:
         self._told.clear()
