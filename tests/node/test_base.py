@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fakes.vmm import At, FakeVmm, Faults, Latencies
-from node.house import House, at_pass, mint, workload
+from node.house import House, at_pass, busy_for, mint, workload
 from node.house import simulated as in_a_house
 from simulation import virtual_time
 from simulation.network import Network
@@ -157,6 +157,28 @@ def test_without_memory_it_waits_and_patience_has_a_bound():
         assert shed.current
 
     simulated(story)
+
+
+def test_no_base_is_begun_while_a_call_lacks_memory():
+    """It would take what the call waits for."""
+
+    async def story(house: House) -> None:
+        small, big = workload("small", memory_mib=300), workload("big", memory_mib=900)
+        await house.node.ensure(small)
+        await house.node.ensure(big)
+        running = house.start(house.call(small))
+        await house.faults.reached(At.BEFORE_HEAD)
+        waiting = house.start(house.call(big))
+        await asyncio.sleep(0.1)
+        await house.node.ensure(WORK)
+        await asyncio.sleep(1.0)
+        assert house.committed_mib == 300
+        assert await running == b"ping"
+        assert await waiting == b"ping"
+        await asyncio.sleep(60.0)
+        assert house.said(BaseBuilt)
+
+    in_a_house(story, behaviour=busy_for(3.0))
 
 
 def test_what_an_earlier_daemon_left_is_adopted():

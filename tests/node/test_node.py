@@ -147,6 +147,19 @@ def test_reports_end_with_the_node():
     assert len(simulated(story).result()) == 1
 
 
+def test_memory_that_comes_free_is_told():
+    """Placement goes by it."""
+
+    async def story(house: House) -> None:
+        await house.node.ensure(WARM)
+        async with heard(house) as reports:
+            await asyncio.sleep(1.0)
+            assert reports[0][1].free_mib == 900
+            assert reports[-1][1].free_mib == 1000
+
+    simulated(story)
+
+
 def test_a_reader_that_leaves_leaves_nothing():
     async def story(house: House) -> None:
         async with heard(house), heard(house):
