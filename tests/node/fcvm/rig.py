@@ -23,7 +23,7 @@ class Double:
     """The doubles of Firecracker and its jailer as programs below `root`, and the plan of what they do."""
 
     def __init__(self, root: Path, **config: Any) -> None:
-        root.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
         self.root = root
         self.config = root / "double.json"
         self.journal = root / "journal"
@@ -55,13 +55,11 @@ class Double:
         """A root file system whose guest is the obedient one, or another program."""
         path = self.root / name
         program = {"argv": [sys.executable, "obedient.py"], "cwd": str(GUESTS), "env": {}} | program
-        path.write_text(json.dumps(program))
-        return path
+        return _written(path, json.dumps(program))
 
     def rules(self, *, jail: Literal["on", "off"] = "off", **members: Any) -> MicroVmRules:
         """How microVMs are made of the doubles."""
-        kernel = self.root / "vmlinux"
-        kernel.write_bytes(b"a kernel")
+        kernel = _written(self.root / "vmlinux", "a kernel")
         (self.cgroups / "cgroup.subtree_control").parent.mkdir(exist_ok=True)
         return MicroVmRules(
             firecracker=self.firecracker,
@@ -71,6 +69,13 @@ class Double:
             kvm=Path(os.devnull),
             **members,
         )
+
+
+def _written(path: Path, text: str) -> Path:
+    """A file with this text; one that has it already stays the same file."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
 
 
 class MicroVmRig:

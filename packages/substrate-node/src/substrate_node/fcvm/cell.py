@@ -83,7 +83,7 @@ class PlainCell:
 
     def remove(self) -> None:
         """See `Cell.remove`."""
-        remove_tree(self.directory)
+        remove_cell(self.directory)
 
 
 def started_in(directory: Path, argv: Sequence[str], *, oom_score_adj: int) -> tuple[str, ...]:
@@ -91,9 +91,14 @@ def started_in(directory: Path, argv: Sequence[str], *, oom_score_adj: int) -> t
     return ("/bin/sh", "-c", _START, "sh", str(directory), str(oom_score_adj), *argv)
 
 
-def remove_tree(directory: Path) -> None:
-    """Remove a directory and all below it, if it is there. Raises `OSError`."""
+def remove_cell(directory: Path) -> None:
+    """Remove the directory of a guest and all below it, if it is there, its mark last. Raises `OSError`."""
     with suppress(FileNotFoundError):
+        for entry in directory.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != MARK:
+                entry.unlink(missing_ok=True)
         shutil.rmtree(directory)
 
 

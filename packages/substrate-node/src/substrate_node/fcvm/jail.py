@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from substrate_node.fcvm.cell import API_SOCKET, LOG, MARK, Cell, remove_tree, started_in
+from substrate_node.fcvm.cell import API_SOCKET, LOG, MARK, Cell, remove_cell, started_in
 
 USERS = range(1_879_100_000, 2_147_400_000)
 """Each guest is a user of its own, past what containers and services are given."""
@@ -119,7 +119,7 @@ class JailedCell:
         if self._jail.cgroups is not None:
             with suppress(FileNotFoundError):
                 self._jail.cgroups.of(self._guest_id).rmdir()
-        remove_tree(self.directory)
+        remove_cell(self.directory)
 
     def _bounds(self, cgroups: Cgroups) -> dict[str, int]:
         bounds = {

@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from substrate_node.fcvm.cell import MARK, remove_tree
+from substrate_node.fcvm.cell import MARK, remove_cell
 from substrate_node.fcvm.jail import Cgroups, mounts_below, unmount
 from substrate_node.offloop import off_loop
 from substrate_node.processes.family import readable
@@ -25,13 +25,17 @@ async def sweep(run: Path, cgroups: Cgroups | None) -> tuple[Orphan, ...]:
     For the start of a daemon that holds the lock of the state root. A process is ours if it works in the directory of
     a guest, where nobody else can go, and was started with that guest's id; no record of it could come too late.
     """
-    guests = sorted(path.parent.name for path in run.glob(f"*/{MARK}"))  # noqa: ASYNC240  # nothing else runs yet
+    guests = sorted(path.name for path in run.iterdir() if _is_cell(path))  # noqa: ASYNC240  # nothing else runs yet
     orphans = []
     for guest_id in guests:
         pids = [pid for pid in _processes(run, guest_id) if await _killed(run, guest_id, pid)]
         await off_loop(_remove, run / guest_id, cgroups)
         orphans.append(Orphan(guest_id, pids[0] if pids else None))
     return tuple(orphans)
+
+
+def _is_cell(directory: Path) -> bool:
+    return (directory / MARK).exists() or not any(directory.iterdir())  # begun, and not yet marked
 
 
 def _processes(run: Path, guest_id: str) -> Iterator[int]:
@@ -75,4 +79,4 @@ def _remove(directory: Path, cgroups: Cgroups | None) -> None:
     if cgroups is not None:
         with suppress(FileNotFoundError):
             cgroups.of(directory.name).rmdir()
-    remove_tree(directory)
+    remove_cell(directory)
