@@ -89,7 +89,7 @@ class _Stage:
     def audit(self) -> Audit:
         """Hold everything against everything."""
         assert self.fleet is not None
-        return Audit(self.fleet, self.scenario, self.calls)
+        return Audit(self.fleet, self.calls, themes=self.scenario.themes)
 
     async def play(self, dice: Random) -> None:
         """Live through it."""

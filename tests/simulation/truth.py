@@ -4,12 +4,12 @@
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from simulation.callers import Call
 from simulation.fleet import Crashed, Entry, Fleet, Overcommitted
 from simulation.guests import wish_of
-from simulation.scenarios import RUN_WITHIN_S, Scenario
+from simulation.scenarios import RUN_WITHIN_S
 from substrate_seam.errors import Ran, Reason
 from substrate_seam.events import (
     CallRefused,
@@ -53,7 +53,7 @@ EXCUSES = {
     },
     "draining": {"drains", "front_stops"},
     "cancelled": {"cancels"},
-    "boot-failed": {"starts_fail", "exchanges_fail"},
+    "boot-failed": {"starts_fail", "exchanges_fail", "bases_fail"},
     "restore-failed": {"starts_fail", "bases_fail", "demands", "exchanges_fail"},
     "incompatible": {"demands", "rude_callers"},
     "caller-limit": {"rush"},
@@ -70,9 +70,9 @@ LEAVING_S = 1.0
 class Audit:
     """One fleet at its end, and the calls that were made on it."""
 
-    def __init__(self, fleet: Fleet, scenario: Scenario, calls: list[Call]) -> None:
+    def __init__(self, fleet: Fleet, calls: list[Call], *, themes: Iterable[str]) -> None:
         self.fleet = fleet
-        self.themes = set(scenario.themes)
+        self.themes = set(themes)
         self.calls = calls
         self.entries: dict[str, list[Entry]] = defaultdict(list)
         for entry in fleet.journal:

@@ -106,6 +106,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._time_limit_s = time_limit_s
         self._passes_max = passes_max
         self._trace: list[str | float] = []
+        self._at_pass: dict[int, list[Callable[[], object]]] = {}
         self._tasks_born = 0
         self._reported: list[Exception] = []
         self._must_be_empty: list[tuple[str, Collection[object]]] = []
@@ -119,6 +120,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         """Tell the virtual seconds since the loop was made."""
         return self._now_s
+
+    def at_pass(self, number: int, act: Callable[[], object]) -> None:
+        """Do something between two passes of the loop, the `number`-th from now and the next.
+
+        It is done when the clock has moved and before anything that is due then; nothing else is disturbed.
+        """
+        self._at_pass.setdefault(self.passes + number, []).append(act)
 
     def must_be_empty(self, what: str, things: Collection[object]) -> None:
         """Fail the run if `things`, named `what` in the error, is not empty at its end."""
@@ -188,6 +196,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         if timeout_s > 0:
             self._now_s += timeout_s
             self._trace.append(self._now_s)
+        for act in self._at_pass.pop(self.passes, ()):
+            act()
 
     def _report(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Keep what asyncio would have logged; the next pass raises it."""
