@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -33,10 +33,10 @@ class Node(NodeExecutor, Protocol):
         """The name of the node, stable across restarts."""
         ...
 
-    def reports(self) -> AsyncIterator[NodeReport]:
+    def reports(self) -> AsyncGenerator[NodeReport, None]:
         """What the node says about itself: a full report at once, then changes, at least one every 2 s.
 
-        Ends when the node can no longer be heard.
+        Ends when the node can no longer be heard. Whoever stops reading before closes it (`aclosing`).
         """
         ...
 

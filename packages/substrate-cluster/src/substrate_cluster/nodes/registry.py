@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from substrate_cluster.placement.index import NodeIndex
@@ -70,9 +71,10 @@ class Registry:
         while True:
             why = "it stopped reporting"
             try:
-                async for report in node.reports():
-                    await self._hear(node, report)
-                    backoff_s = _BACKOFF_S_MIN
+                async with aclosing(node.reports()) as reports:
+                    async for report in reports:
+                        await self._hear(node, report)
+                        backoff_s = _BACKOFF_S_MIN
             except (SubstrateError, OSError) as error:
                 why = str(error)
             finally:
