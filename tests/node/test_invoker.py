@@ -629,6 +629,30 @@ def test_what_was_not_written_when_its_end_was_told_is_never_written():
         simulated(lambda house, moment=moment: story(house, None, moment))
 
 
+def test_a_connection_that_comes_about_behind_our_back_carries_nothing():
+    """A monitor connects although its dial was given up: no request may follow an answer of `ran = no`."""
+
+    async def story(house: House) -> None:
+        invocation = house.invocation(await pooled(house), start_within_s=0.5)
+        (guest,) = house.vmm.alive.values()
+        dial, connecting = guest.dial, []
+
+        async def dial_anyway(protocol: Callable[[], Any]) -> None:
+            connecting.append(house.start(dial(protocol)))
+            await asyncio.sleep(60.0)
+
+        guest.dial = dial_anyway
+        house.faults.on(At.DIAL, delay_s=1.0)
+        async with house.node.claim(invocation) as claim:
+            with pytest.raises(GuestUnavailable):
+                await claim.exchange(invocation.request)
+            await asyncio.wait(connecting)
+            await asyncio.sleep(1.0)
+        assert not house.journal
+
+    simulated(story)
+
+
 # The exchange.
 
 
