@@ -17,7 +17,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds the only program of the image"),
 ]
 MACHINE = ("unshare", "--mount", "--pid", "--fork", "--uts", "--ipc", "--net", "--kill-child")
-BOOT = 'mount --bind "$0" "$0" && cd "$0" && exec chroot . /.substrate/init'
+BOOT = 'mount --bind "$0" "$0" && mount -t devtmpfs dev "$0/dev" && cd "$0" && exec chroot . /.substrate/init'
+"""The machine's kernel has mounted /dev when it starts its first process; ours does it for it."""
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,10 @@ def main() -> NoReturn:
             shim.run(_workload)
         status = keep(server)
         say(f"the workload's server is gone, {words(status)}; the machine ends")
-        machine.restart()
     except OSError as error:
-        say(f"the machine can't be kept: {describe(error)}")
+        say(f"the machine can't be set up: {describe(error)}")
+    try:
+        machine.restart()
     finally:
         os._exit(status & 0xFF)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 
@@ -44,7 +45,11 @@ def set_up() -> None:
         if target.startswith("/dev/"):
             with suppress(FileExistsError):
                 os.mkdir(target, 0o755)  # noqa: PTH102  # pathlib is slow to import
-        mount(source, target, kind, flags, options)
+        try:
+            mount(source, target, kind, flags, options)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # which says that the kernel has mounted it there itself, as it may /dev
+                raise
     for name, target in LINKS:
         with suppress(FileExistsError):
             os.symlink(target, f"/dev/{name}")  # noqa: PTH211
