@@ -35,6 +35,7 @@ _LEVELS: Final[dict[type[Event], str]] = {
     events.StartFailed: "warning",
     events.WarningRaised: "warning",
 }
+_SEVERITIES: Final = {"warning": "warning", "error": "error", "critical": "error"}
 
 _encoder = msgspec.json.Encoder(enc_hook=repr)
 
@@ -49,7 +50,7 @@ class LibraryLogged(Event, frozen=True, kw_only=True, tag="library.logged"):
     """A library wrote to Python's own logging."""
 
     logger: str
-    level: str
+    severity: str
     message: str
     traceback: str = ""
 
@@ -131,7 +132,7 @@ class EventLog:
 
     def _line(self, event: Event) -> bytes:
         try:
-            return self._format(self._now(), _LEVELS.get(type(event), "info"), self._discreet(event))
+            return self._format(self._now(), _level_of(event), self._discreet(event))
         except Exception:  # noqa: BLE001  # an event that cannot be written must not harm whoever emits it
             defect = events.DefectFound(message="an event cannot be written", traceback=traceback.format_exc())
             return self._format(self._now(), "error", defect)
@@ -183,6 +184,13 @@ def library_logs_to(emit: Emit, *, level: int = logging.WARNING) -> Generator[No
         root.setLevel(level_before)
 
 
+def _level_of(event: Event) -> str:
+    """How much an event matters; a library's line as much as the library says."""
+    if isinstance(event, LibraryLogged):
+        return _SEVERITIES.get(event.severity, "info")
+    return _LEVELS.get(type(event), "info")
+
+
 class _Records(logging.Handler):
     """Turns records of Python's logging into events."""
 
@@ -197,7 +205,7 @@ class _Records(logging.Handler):
         except Exception:  # noqa: BLE001  # a library that formats its own line wrongly
             message = f"{record.msg} {record.args!r}"
         trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
-        self._emit(LibraryLogged(logger=record.name, level=record.levelname.lower(), message=message, traceback=trace))
+        self._emit(LibraryLogged(logger=record.name, severity=record.levelname.lower(), message=message, traceback=trace))
 
 
 def _json(now: str, level: str, event: Event) -> bytes:
