@@ -205,7 +205,8 @@ class _Records(logging.Handler):
         except Exception:  # noqa: BLE001  # a library that formats its own line wrongly
             message = f"{record.msg} {record.args!r}"
         trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
-        self._emit(LibraryLogged(logger=record.name, severity=record.levelname.lower(), message=message, traceback=trace))
+        severity = record.levelname.lower()
+        self._emit(LibraryLogged(logger=record.name, severity=severity, message=message, traceback=trace))
 
 
 def _json(now: str, level: str, event: Event) -> bytes:
