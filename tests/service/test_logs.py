@@ -167,7 +167,7 @@ def test_what_libraries_log_becomes_events():
             logging.getLogger("uvicorn.error").exception("broke")
         logging.getLogger("careless").error("%d", "not a number")
     logging.getLogger("asyncio").warning("afterwards")
-    assert [(event.logger, event.level, event.message) for event in events] == [
+    assert [(event.logger, event.severity, event.message) for event in events] == [
         ("asyncio", "warning", "took 2.0 s"),
         ("uvicorn.error", "error", "broke"),
         ("careless", "error", "%d ('not a number',)"),
