@@ -136,8 +136,10 @@ class MicroVm:
     def _on_end(self, ended: asyncio.Future[int]) -> None:
         for resource in (self._console, self._log, self._listeners, self._api):
             resource.close()
-        said = "\n".join(filter(None, (self._console.text, self._log.text)))
-        self.exited.set_result(Exit(_meaning(ended.result()), said))
+        said = [self._console.text, self._log.text]
+        if ended.result() == 0:  # the guest's own doing: what it said is what matters, and the end is what is read
+            said.reverse()
+        self.exited.set_result(Exit(_meaning(ended.result()), "\n".join(filter(None, said))))
 
 
 def _open_log(cell: Cell) -> Console:
