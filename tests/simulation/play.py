@@ -1,7 +1,7 @@
 """Playing a scenario: callers come, troubles happen, all is mended, and then the fleet must be as good as new.
 
 As a program (`python -m simulation.play FIRST END STEP`, from the folder of the tests) it lives through many seeds and
-prints what was seen, and the stories of those that failed, as JSON.
+prints what they came to as JSON.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from simulation import virtual_time
 from simulation.callers import Call, Manner, visit
@@ -63,18 +64,28 @@ def live(seed: int, *themes: str) -> Outcome:
     return Outcome(seen, outcome.trace)
 
 
-def live_through(seeds: Iterable[int]) -> tuple[Counter[str], list[str]]:
-    """Live through many seeds: what was seen in all, and the stories of the first few that failed."""
-    seen: Counter[str] = Counter()
-    failures: list[str] = []
+class Lived(NamedTuple):
+    """What many seeds came to: all that was seen, their traces, and the stories of the first few that failed."""
+
+    seen: Counter[str]
+    traces: list[str]
+    failures: list[str]
+
+
+def live_through(seeds: Iterable[int]) -> Lived:
+    """Live through many seeds."""
+    lived = Lived(Counter(), [], [])
     for seed in seeds:
         try:
-            seen += live(seed).seen
+            outcome = live(seed)
         except Exception as failure:  # noqa: BLE001  # whatever broke, its story is wanted
-            failures.append("".join(traceback.format_exception(failure)))
-            if len(failures) == _STORIES_MAX:
+            lived.failures.append("".join(traceback.format_exception(failure)))
+            if len(lived.failures) == _STORIES_MAX:
                 break
-    return seen, failures
+        else:
+            lived.seen.update(outcome.seen)
+            lived.traces.append(outcome.trace)
+    return lived
 
 
 class _Stage:
@@ -177,7 +188,7 @@ class _Stage:
 
     async def _limit(self, there: Fleet, machine: Machine, trouble: Trouble) -> None:
         node = there.nodes[machine.node_id]
-        for size_mib in (trouble.size, there.design.memory_mib):
+        for size_mib in (min(trouble.size, there.design.memory_mib), there.design.memory_mib):
             self._limits += 1
             await node.limit(NodeLimits(generation=self._limits, memory_mib=size_mib))
             await asyncio.sleep(trouble.for_s)

@@ -248,6 +248,8 @@ def tally(audit: Audit) -> Counter[str]:
         match event:
             case InvocationEnded(reason=Reason.GUEST_FAILED) if "delivered here before" in event.message:
                 seen["ended duplicate"] += 1
+            case InvocationEnded(reason=Reason.GUEST_FAILED) if "was lost while it ran" in event.message:
+                seen["ended lost-after-commit"] += 1
             case InvocationEnded(client_left=True):
                 seen["ended client-left"] += 1
             case InvocationEnded(reason=Reason.INTERNAL):
