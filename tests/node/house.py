@@ -47,7 +47,19 @@ class House:
             times=times,
         )
         self.loop = asyncio.get_running_loop()
+        self.overdrawn: list[str] = []
         self._ids = 0
+        freed, ledger = self.node._ledger._freed, self.node._ledger
+
+        def audited() -> None:
+            running_mib = sum(
+                guest.workload.spec.memory_mib for guest in self.vmm.alive.values() if not guest.exited.done()
+            )
+            if running_mib > ledger.committed_mib:
+                self.overdrawn.append(f"{running_mib} MiB run, {ledger.committed_mib} MiB are accounted for")
+            freed()
+
+        ledger._freed = audited
 
     @property
     def journal(self) -> list[tuple[str, int]]:
@@ -124,6 +136,7 @@ class House:
         """No guest, no slot, no MiB, no call."""
         assert not self.vmm.alive
         assert self.committed_mib == 0
+        assert not self.overdrawn, "memory was given back before its guest was gone"
         assert self.node.running == 0
         assert not self.node._slots._starved
         for name, queue in self.node._slots._queues.items():

@@ -492,6 +492,20 @@ def test_a_call_that_no_start_can_serve_says_why(at: At, reason: Reason, words: 
     simulated(story)
 
 
+def test_a_ready_guest_that_cannot_be_reached_is_a_start_that_failed():
+    """When it was the last way there is, the call says so."""
+
+    async def story(house: House) -> None:
+        subject = await cold(house)
+        house.faults.on(At.DIAL)  # the one that makes it ready
+        house.faults.on(At.DIAL, fail="nobody listens")
+        refused = await house.heard(house.invocation(subject))
+        assert (refused.reason, refused.ran) == (Reason.BOOT_FAILED, Ran.NO)
+        assert refused.message == "no guest of 'cold' could be started: it could not be reached: nobody listens"
+
+    simulated(story)
+
+
 def test_a_guest_that_dies_between_its_readiness_and_the_request_is_replaced():
     """Its death is not laid at the door of the one that takes over."""
 
@@ -501,6 +515,22 @@ def test_a_guest_that_dies_between_its_readiness_and_the_request_is_replaced():
         house.faults.on(At.DIAL, die=True, fail="it is dead")
         assert await house.call(every_way, run_within_s=1.0) == b"ping"
         assert [event.message for event in house.said(StartFailed)] == ["it could not be reached: it is dead"]
+
+    simulated(story, behaviour=busy_for(0.3))
+
+
+def test_a_death_that_was_noticed_is_forgotten_with_its_guest():
+    """It died while it was connected to; the one that takes over has the time it needs."""
+
+    async def story(house: House) -> None:
+        every_way = workload("every-way", warm_base=True, pool=1)
+        await house.warmed(every_way)
+        house.faults.on(At.DIAL, delay_s=0.05, fail="it is dead")
+        call = house.start(house.call(every_way))
+        await asyncio.sleep(0.01)
+        for guest in tuple(house.vmm.alive.values()):
+            guest.die()
+        assert await call == b"ping"
 
     simulated(story, behaviour=busy_for(0.3))
 
@@ -627,6 +657,33 @@ def test_what_was_not_written_when_its_end_was_told_is_never_written():
         simulated(lambda house, number=number: story(house, number, 30.0))
     for moment in moments_of("hard to reach"):
         simulated(lambda house, moment=moment: story(house, None, moment))
+
+
+def test_a_request_that_left_in_the_last_moment_has_left():
+    """The time to start is over while the connect returns: from here on `run_within_s` counts, and it may have run."""
+
+    async def story(house: House, *, fate: type[bytes | SubstrateError]) -> None:
+        invocation = house.invocation(await pooled(house), start_within_s=0.2, run_within_s=2.0)
+        (guest,) = house.vmm.alive.values()
+        dial = guest.dial
+
+        async def dial_slowly(protocol: Callable[[], Any]) -> None:
+            await dial(protocol)
+            await asyncio.sleep(0.5)
+            if fate is GuestFailed:
+                raise ConnectionResetError("too late")
+
+        guest.dial = dial_slowly
+        if fate is not bytes:
+            house.faults.on(At.BEFORE_HEAD, hang=True)
+        if fate is GuestFailed:
+            house.loop.call_later(0.1, guest.die)
+        heard = await house.heard(invocation)
+        assert isinstance(heard, fate)
+        assert house.journal == [(invocation.id, 1)]
+
+    for fate in (bytes, GuestTimeout, GuestFailed):
+        simulated(lambda house, fate=fate: story(house, fate=fate))
 
 
 def test_a_connection_that_comes_about_behind_our_back_carries_nothing():

@@ -390,6 +390,19 @@ def test_when_the_one_in_front_gives_up_the_others_are_served():
     assert not short.slots.starving
 
 
+def test_when_a_big_version_gives_up_a_small_one_of_the_same_workload_is_served():
+    """Versions share a queue, and may need more or less."""
+    short = Shortage({"w": 8}, free=2)
+    big = short.enter("w")
+    short.needs["w"] = 1
+    needs = {"big": 8}
+    big.take = lambda in_turn: None if needs["big"] > short.free else 8
+    small = short.enter("w")
+    assert small.stake is None
+    short.slots.leave(big)
+    assert small.stake == 1
+
+
 def test_a_queue_that_loses_its_slot_starves_no_longer():
     """Lowering `concurrency` under it makes room for those behind."""
     short = Shortage({"big": 8, "small": 1}, free=9)
