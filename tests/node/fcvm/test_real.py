@@ -19,6 +19,9 @@ from substrate_node.ready import Contact, IdentityMint
 from substrate_seam.events import BaseBuilt, Event
 from substrate_seam.invocation import Demands, GuestRequest, Invocation, Start
 
+LOST_NS_MAX = 1.5e9
+"""On an emulated processor so much time may pass until a guest has read the time; a clone that was not told lost 2 s."""
+
 pytestmark = pytest.mark.firecracker
 
 
@@ -53,7 +56,7 @@ async def test_clones_of_one_base_are_told_apart_in_every_way(jail: Literal["on"
             asked_ns = time.time_ns()
             _, said = await ask(clone, "/see/")
             seen.append(json.loads(said))
-            assert asked_ns - 50e6 < seen[-1]["epoch_ns"] < time.time_ns() + 50e6
+            assert asked_ns - LOST_NS_MAX < seen[-1]["epoch_ns"] < time.time_ns() + LOST_NS_MAX
             assert await ask(clone, "/dial/1025") == (200, b"welcome")
         assert len({clone["urandom"] for clone in seen}) == 4
         assert {clone["hostname"] for clone in seen} == {f"c{n}" for n in range(4)}

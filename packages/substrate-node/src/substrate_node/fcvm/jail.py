@@ -82,8 +82,8 @@ class JailedCell:
     def lend(self, source: Path, name: str) -> None:
         """See `Cell.lend`: by a link, which never changes whose the file is, or from elsewhere by a mount."""
         source, target = source.resolve(), self.root / name
-        if not source.stat().st_mode & stat.S_IROTH:
-            raise PermissionError(f"the jailed Firecracker can't read {source}: run `chmod o+r {source}`")
+        if not readable_by_all(source):
+            raise PermissionError(unreadable(source))
         try:
             target.hardlink_to(source)
         except OSError:  # another file system, or one where nothing more may be linked
@@ -129,6 +129,16 @@ class JailedCell:
         if (cgroups.root / cgroups.parent / "memory.swap.max").exists():
             bounds["memory.swap.max"] = 0
         return bounds
+
+
+def readable_by_all(file: Path) -> bool:
+    """Whether any user may read a file that it can reach, as a jail's user must. Raises `OSError`."""
+    return bool(file.stat().st_mode & stat.S_IROTH)
+
+
+def unreadable(file: Path) -> str:
+    """What to say of one that they can't."""
+    return f"the jailed Firecracker can't read {file}: run `chmod o+r {file}`"
 
 
 def user_of(guest_id: str) -> int:

@@ -26,7 +26,7 @@ from substrate_node.fcvm.api import (
 )
 from substrate_node.fcvm.bundle import MEMORY, STATE, BadBase, Bundles, Inputs, Manifest, verify
 from substrate_node.fcvm.cell import VSOCK, Cell, PlainCell
-from substrate_node.fcvm.jail import JailedCell
+from substrate_node.fcvm.jail import JailedCell, readable_by_all, unreadable
 from substrate_node.fcvm.launcher import MicroVm
 from substrate_node.fcvm.outfit import Outfit
 from substrate_node.fcvm.sparse import Sum
@@ -85,6 +85,8 @@ class FirecrackerVmm:
         for file in filter(None, (rules.kernel, rules.initrd, Path(spec.rootfs_path))):
             if not os.access(file, os.R_OK):
                 return f"{file} can't be read on this host: put it there, or name the right file"
+            if self._outfit.jail is not None and not readable_by_all(file):
+                return unreadable(file)
         return self._outfit.release.objection()
 
     def input_key(self, workload: Workload) -> str | None:
