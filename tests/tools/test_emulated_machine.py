@@ -69,6 +69,12 @@ def test_the_machine_has_the_asked_size_and_sees_this_ones_files(tool, machine):
         assert any(f"id=share{number},path={path}," in word for word in shared)
 
 
+def test_what_is_written_goes_to_a_disk_that_is_thrown_away(tool, machine):
+    arguments = tool.qemu_arguments(machine, Path("/run/control"), tsc_khz=1)
+    assert value_after(arguments, "-drive").endswith("file=/run/control/disk")
+    assert "lowerdir=/,upperdir=/mnt/upper" in tool.init_script(Path("/c"), [])
+
+
 def test_the_machine_is_told_its_clock_and_its_init(tool, machine):
     line = value_after(tool.qemu_arguments(machine, Path("/run/control"), tsc_khz=2_600_000), "-append").split()
     assert "tsc_early_khz=2600000" in line
