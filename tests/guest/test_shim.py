@@ -2,13 +2,14 @@
 
 import http.client
 import json
+import os
 import signal
 import time
 from base64 import b64encode
 
 import pytest
 
-from guest.host import CONTROL, IDENTITY, PATIENCE_S, request_bytes
+from guest.host import CONTROL, IDENTITY, PATIENCE_S, read_reply, request_bytes
 
 ECHO = "substrate_guest.workloads.echo:app"
 
@@ -253,3 +254,33 @@ def test_a_descriptor_that_is_none_exits_with_2(start):
     status, console = start(ECHO, env={"SUBSTRATE_DIAL_FD": "4000"}).ended()
     assert status == 2
     assert console.startswith("substrate-guest: SUBSTRATE_DIAL_FD: found '4000'")
+
+
+SLOW_TO_PRIME = """
+import time
+from substrate_guest import App
+heard = []
+app = App(lambda request: heard[0], prime=lambda: open("go-on").read())
+@app.restored
+def restored(identity):
+    heard.append({"epoch_ns": identity.epoch_ns, "monotonic_ns": time.monotonic_ns()})
+"""
+
+
+def test_the_time_that_a_guest_was_told_goes_on_while_its_workload_gets_ready(start):
+    """What the guest takes for the time is right for when it takes it: as late as that is after it was told."""
+    guest = start(source=SLOW_TO_PRIME)
+    go_on = guest.path.with_name("go-on")
+    os.mkfifo(go_on)
+    told_ns = 1_000_000_000_000_000_000
+    before_ns = time.monotonic_ns()
+    with guest.connection(CONTROL) as sock:
+        sock.sendall(request_bytes("POST", "/shim/restored", json.dumps(IDENTITY | {"epoch_ns": told_ns}).encode()))
+        assert guest.control("GET", "/shim/healthz").status == 200
+        connected_ns = time.monotonic_ns()
+        assert guest.control("GET", "/shim/ready").status == 503
+        primed_ns = time.monotonic_ns()
+        go_on.write_text("")
+        assert read_reply(sock).status == 200
+    heard = guest.ask().json()
+    assert primed_ns - connected_ns <= heard["epoch_ns"] - told_ns <= heard["monotonic_ns"] - before_ns

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from substrate_guest.failure import describe, log
@@ -79,6 +81,8 @@ class Control:
         if not self._readiness.ready:
             await self._say_ready(exchange)
             return
+        waited_ns = time.monotonic_ns() - exchange.began_ns  # a workload may take long to get ready
+        identity = replace(identity, epoch_ns=identity.epoch_ns + waited_ns)
         try:
             adopted = self._identities.adopt(identity)
             await self._workload.restored(identity)

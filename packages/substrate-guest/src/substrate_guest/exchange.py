@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from http import HTTPStatus
@@ -41,6 +42,8 @@ class Exchange:
 
     def __init__(self, sock: socket.socket, received: bytes = b"") -> None:
         sock.settimeout(0)
+        self.began_ns = time.monotonic_ns()
+        """When the connection was made, by the monotonic clock."""
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
