@@ -399,6 +399,47 @@ async def test_a_full_disk_is_told_before_and_during_a_capture(rig: MicroVmRig, 
     await rig.vmm.discard("g1")
 
 
+async def test_a_memory_that_is_cut_short_is_no_base(rig: MicroVmRig):
+    """Whatever Firecracker said of it."""
+    rig.double.set({"on": "create", "do": "truncate"})
+    source = await rig.vmm.boot(rig.workload, "g1", NOBODY)
+    message = await refused(rig.vmm.capture(rig.workload, source, "b1"))
+    assert f"Firecracker left {MEMORY_MIB * 2**19} bytes of a memory of {MEMORY_MIB} MiB" in message
+    await rig.vmm.discard("g1")
+    await rig.vmm.discard_base(Base(base_id="b1", input_key=rig.vmm.input_key(rig.workload)))
+
+
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
+@pytest.mark.parametrize("name", ["state", "memory"])
+async def test_a_link_in_place_of_a_snapshot_is_never_followed(make, name: str, rig: MicroVmRig, tmp_path: Path):
+    """Who has taken Firecracker over must not make the daemon change other files for him."""
+    other = tmp_path / "other"
+    other.write_bytes(bytes(MEMORY_MIB * 2**20))
+    other.chmod(0o640)
+    source = await rig.vmm.boot(rig.workload, "g1", NOBODY)
+    make(rig.run / "g1" / name, other)
+    rig.double.set()
+    message = await refused(rig.vmm.capture(rig.workload, source, "b1"))
+    assert f"Firecracker left no file of its own as {name}" in message
+    await rig.vmm.discard("g1")
+    await rig.vmm.discard_base(Base(base_id="b1", input_key=rig.vmm.input_key(rig.workload)))
+    assert other.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["api.sock", "v.sock"])
+async def test_a_link_in_place_of_a_socket_is_never_followed(name: str, rig: MicroVmRig, tmp_path: Path):
+    """Or the daemon would speak to sockets that the guest's process can't reach itself."""
+    reached: list[object] = []
+    async with await asyncio.start_unix_server(lambda *streams: reached.append(streams), tmp_path / "other.sock"):
+        guest = await rig.vmm.boot(rig.workload, "g1", NOBODY)
+        (rig.run / "g1" / name).unlink()
+        (rig.run / "g1" / name).symlink_to(tmp_path / "other.sock")
+        with pytest.raises(OSError, match="is no socket"):
+            await (guest.dial(asyncio.Protocol) if name == "v.sock" else guest._api.connect())
+        await rig.vmm.discard("g1")
+    assert reached == []
+
+
 @pytest.mark.parametrize("moment_s", [0.0, 0.001, 0.005, 0.02, 0.05])
 async def test_a_capture_given_up_leaves_nothing(moment_s: float, rig: MicroVmRig):
     """Whenever: the work in threads ends before its owner does."""

@@ -20,7 +20,7 @@ from substrate_seam.events import BaseBuilt, Event
 from substrate_seam.invocation import Demands, GuestRequest, Invocation, Start
 
 LOST_NS_MAX = 1.5e9
-"""On an emulated processor so much time may pass until a guest has read the time; a clone that was not told lost 2 s."""
+"""So long an emulated guest may take to read what it is told. A clone that was not told lost 2 s."""
 
 pytestmark = pytest.mark.firecracker
 

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from substrate_node.fcvm.release import Release
-from substrate_node.processes.addresses import addressable
+from substrate_node.processes.addresses import peer_address
 from substrate_node.vmm import VmmError
 from substrate_seam.http1 import BadReply, ReplyReader
 
@@ -187,7 +187,7 @@ class Api:
     async def connect(self) -> None:
         """Connect, unless connected. Raises `OSError`: nobody listens (yet)."""
         if self._connection is None or self._connection.spent:
-            with addressable(self._socket) as address:
+            with peer_address(self._socket) as address:
                 loop = asyncio.get_running_loop()
                 self._connection = (await loop.create_unix_connection(_Connection, address))[1]
 

@@ -13,7 +13,7 @@ from substrate_node.fcvm.cell import API_SOCKET, LOG, VSOCK, Cell
 from substrate_node.fcvm.listeners import Listeners
 from substrate_node.fcvm.release import Release
 from substrate_node.offloop import off_loop
-from substrate_node.processes.addresses import addressable
+from substrate_node.processes.addresses import peer_address
 from substrate_node.processes.console import Console
 from substrate_node.processes.family import Family, in_words
 from substrate_node.processes.usage import sampled_alone, share_mib
@@ -78,10 +78,9 @@ class MicroVm:
     async def reach(self) -> None:
         """Wait until the API answers the phone. Raises `VmmError` if the process ends before."""
         loop = asyncio.get_running_loop()
-        began_s, socket = loop.time(), self.root / API_SOCKET
+        began_s = loop.time()
         while not self.exited.done():
             with suppress(FileNotFoundError, ConnectionRefusedError):  # not there yet, or bound and not yet listening
-                os.stat(socket)  # noqa: PTH116  # no loop of its own would be cheaper to wait in
                 await self._api.connect()
                 return
             await asyncio.wait({self.exited}, timeout=_PAUSE_S_MIN + (loop.time() - began_s) * _PAUSE_GROWTH)
@@ -108,7 +107,7 @@ class MicroVm:
         """See `Guest.dial`."""
         if self.exited.done():
             raise ConnectionRefusedError(f"guest {self.guest_id} has ended")  # its socket stays when it dies
-        with addressable(self.root / VSOCK) as address:
+        with peer_address(self.root / VSOCK) as address:
             return (await asyncio.get_running_loop().create_unix_connection(protocol, address))[1]
 
     def sample(self) -> Sample:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -133,6 +134,7 @@ class FirecrackerVmm:
             await machine.ask(Pause(), CreateSnapshot(snapshot_path=STATE, mem_file_path=MEMORY))
             await machine.kill()  # resumed, it would go on with the memory of its clones
             describe = partial(self._manifest, spec, inputs, base_id)
+            _check_snapshot(machine.root, spec.memory_mib)
             directory = await off_loop(self._publish, machine.root, draft, describe)
         except (VmmError, OSError) as error:
             raise VmmError(f"capture: {error}") from error
@@ -249,6 +251,16 @@ class FirecrackerVmm:
             state=state,
             memory=memory,
         )
+
+
+def _check_snapshot(root: Path, memory_mib: int) -> None:
+    """See that the files are plain ones of their own: a Firecracker in a guest's power could leave links to others."""
+    for name in (STATE, MEMORY):
+        found = (root / name).lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise VmmError(f"Firecracker left no file of its own as {name}")
+        if name == MEMORY and found.st_size != memory_mib * 2**20:
+            raise VmmError(f"Firecracker left {found.st_size} bytes of a memory of {memory_mib} MiB")
 
 
 if TYPE_CHECKING:
