@@ -112,6 +112,22 @@ def test_a_node_that_was_never_heard_is_told_of_once_for_each_reason():
     run(main, seed=1)
 
 
+def test_a_node_is_not_lost_when_we_stop_listening():
+    """A clean stop raises no alarm."""
+
+    async def main(_):
+        node = SpeakingNode()
+
+        async def scenario(registry, _):
+            node.words.put_nowait(report("n"))
+            await registry.heard()
+
+        events = await following(node, scenario)
+        assert not [event for event in events if isinstance(event, NodeLost)]
+
+    run(main, seed=1)
+
+
 def test_a_restarted_node_is_taught_again_without_a_break():
     """Another boot id means that it has forgotten everything."""
 

@@ -119,6 +119,14 @@ async def test_each_failure_is_told_as_documented(running, path, options, status
     assert ((invocation_id, 1) in running.journal()) == (ran == "maybe")
 
 
+async def test_a_guest_that_dies_at_its_start_tells_why(running):
+    """The caller hears how it ended and what it said last; nothing ran, and no guest is left."""
+    reply = await running.invoke("dies")
+    assert (reply.status_code, reply.headers["fc-error"], reply.headers["fc-ran"]) == (503, "boot-failed", "no")
+    assert "exit status 1" in reply.text
+    assert "no such model" in reply.text
+
+
 async def test_a_guest_that_dies_within_its_reply_breaks_the_connection(running):
     """A truncated reply never looks complete."""
     with pytest.raises(httpx.RemoteProtocolError):

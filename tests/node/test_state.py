@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from real_parts import needs
 from substrate_node.state import StateRootUnusable, default_state_root, locked_state_root
 
 
@@ -68,3 +69,17 @@ def test_each_daemon_has_its_own_usual_place(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert str(default_state_root("d", {"HOME": "/home/u"})) == "/home/u/.local/state/d"
     assert str(default_state_root("d", {"XDG_STATE_HOME": "/x", "HOME": "/home/u"})) == "/x/d"
+
+
+@needs("root")
+def test_a_full_disk_is_an_error_in_words(tmp_path):
+    """Not a traceback, and the lock is not kept."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=3", "full", tmp_path], check=True)
+    try:
+        with (
+            pytest.raises(StateRootUnusable, match=r"ROOT: .*No space left"),
+            locked_state_root(tmp_path / "s", boot_id="b", setting="ROOT"),
+        ):
+            pass
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -28,10 +28,10 @@ TABLE = json.dumps(
 WELCOME = """\
 Try it, from another terminal:
 
-  curl -d '{{"code": "print(6*7)"}}' {url}/invoke/python
-  curl -d hello {url}/invoke/echo
+  {curl} -d '{{"code": "print(6*7)"}}' {url}/invoke/python
+  {curl} -d hello {url}/invoke/echo
 
 Each call ran in a process guest of its own. That keeps calls apart; it is no security boundary (see README.md).
-Metrics, reasons and the story of each call: {admin_url}  ·  Ctrl-C drains and stops.
+Metrics, reasons and the story of each call: {admin}  ·  Ctrl-C drains and stops.
 """
 """What `serve` prints for a person, with the addresses filled in."""

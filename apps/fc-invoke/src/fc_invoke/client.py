@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from msgspec import Struct
@@ -55,7 +56,8 @@ def read_token(path: str | None) -> str | None:
 
 def invoke(url: str, admin_url: str, call: Call, *, token: str | None, admin_token: str | None) -> int:
     """Call a workload: its answer on standard output, where the time went on standard error. 0 if it went well."""
-    path = f"/invoke/{call.workload}" + (f"/{call.session}" if call.session else "")
+    segments = [call.workload, *(call.session.split("/") if call.session else ())]
+    path = "/invoke/" + "/".join(quote(segment, safe="") for segment in segments)
     try:
         with (
             open_client(url, token=token) as client,
@@ -85,12 +87,12 @@ def fetch_story(admin_url: str, invocation_id: str, *, token: str | None) -> dic
     """The events of one invocation. Raises `Unreachable` when the daemon is, or knows nothing of it."""
     try:
         with open_client(admin_url, token=token) as client:
-            answer = client.get(f"/v1/invocations/{invocation_id}")
-    except httpx.HTTPError as error:
+            answer = client.get(f"/v1/invocations/{quote(invocation_id, safe='')}")
+        if answer.status_code != 200:
+            raise Unreachable(f"{admin_url}: {answer.text.strip()}")
+        return dict(answer.json())
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise Unreachable(f"{admin_url}: {error}") from error
-    if answer.status_code != 200:
-        raise Unreachable(f"{admin_url}: {answer.text.strip()}")
-    return dict(answer.json())
 
 
 def told(story: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from importlib.metadata import version
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says; exits with 0 when it went well, 1 when it did not, 2 when it made no sense."""
-    chosen = _parser().parse_args(_with_default(sys.argv[1:] if arguments is None else list(arguments)))
     try:
+        chosen = _parser().parse_args(_with_default(sys.argv[1:] if arguments is None else list(arguments)))
         status = chosen.run(chosen)
     except KeyboardInterrupt:
         status = 130

@@ -17,7 +17,7 @@ from substrate_guest import isolation
 from substrate_node.host import HostedNode, hosted_node
 from substrate_seam.errors import GuestUnavailable
 from substrate_seam.events import WarningRaised
-from substrate_service.address import Address
+from substrate_service.address import Address, UnixAddress
 from substrate_service.daemon import Assembled, Duties, two_listeners
 from substrate_service.observing import Observed
 from substrate_service.signals import Stopping
@@ -94,7 +94,12 @@ def _announcer(settings: Settings) -> Callable[[list[Address]], None]:
 
     def announce(addresses: list[Address]) -> None:
         if trying_out:
-            url, admin_url = (f"http://{address}" for address in addresses)
-            print(builtin.WELCOME.format(url=url, admin_url=admin_url), file=sys.stderr)
+            public, admin = addresses
+            curl, url = "curl", f"http://{public}"
+            if isinstance(public, UnixAddress):
+                curl, url = f"curl --unix-socket {public.path}", "http://localhost"
+            if settings.front.tokens_file is not None:
+                curl += ' -H "Authorization: Bearer $token"'
+            print(builtin.WELCOME.format(curl=curl, url=url, admin=admin), file=sys.stderr)
 
     return announce

@@ -86,7 +86,9 @@ class StaticTokens:
         """Put the file as it is now in force; raises `TokensRefused`, and then what was in force stays so."""
         try:
             text = self._path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise TokensRefused([f"{self._path}: the file of tokens can't be read: {error.strerror}"]) from error
+        except UnicodeDecodeError as error:
             raise TokensRefused([f"{self._path}: {error}"]) from error
         try:
             self._callers = _parse(text)

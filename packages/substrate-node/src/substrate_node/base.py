@@ -182,7 +182,7 @@ class Bases:
                 base = await shelf.vmm.capture(workload, guest, named.base_id)
         except (VmmError, NotReady, OSError) as error:
             why = str(error) or f"it was not ready within {self._build_within_s:.0f} s"
-            self._told_failure(shelf, why + (contact.words if contact else ""))
+            self._told_failure(shelf, why + (await contact.last_words() if contact else ""))
             return None
         finally:
             undo = self._undo(shelf.vmm, guest_id, lease, named if base is None else None)

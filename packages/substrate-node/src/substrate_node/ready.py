@@ -17,6 +17,8 @@ from substrate_seam.workload import Workload
 ATTEMPT_CAP_S = 0.150
 """How long one question about readiness may hang. The first connection after a restore may hang for ever (P-01)."""
 _ATTEMPT_CAP_S_MAX = 5.0
+CAUSE_WITHIN_S = 0.200
+"""A broken connection is known before the death that broke it; so long its cause is waited for."""
 PAUSE_S = 0.020
 _CLOCK_CAP_S = 0.5
 _ANSWER_BYTES_MAX = 65_536
@@ -81,6 +83,12 @@ class Contact:
         ended = self._guest.exited.result()
         console = f" after saying: {ended.console.strip()[-512:]}" if ended.console else ""
         return f"; it ended with {ended.words}{console}"
+
+    async def last_words(self) -> str:
+        """`words`, after a moment in which the cause of a death may still be told."""
+        if not self._guest.exited.done():
+            await asyncio.wait({self._guest.exited}, timeout=CAUSE_WITHIN_S)
+        return self.words
 
     async def make_ready(
         self, workload: Workload, mint: IdentityMint, *, contact_cap_s: float | None, restored: bool

@@ -81,4 +81,4 @@ class Starter:
             why = f"it was not ready within {within_s:.1f} s"
             raise StartFailure(why + (contact.words if contact else "")) from error
         except (VmmError, NotReady, OSError) as error:
-            raise StartFailure(str(error) + (contact.words if contact else "")) from error
+            raise StartFailure(str(error) + (await contact.last_words() if contact else "")) from error

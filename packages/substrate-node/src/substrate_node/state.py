@@ -6,7 +6,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from msgspec import Struct
@@ -52,20 +52,19 @@ def locked_state_root(path: Path, *, boot_id: str, setting: str) -> Iterator[Sta
 
     Raises `StateRootUnusable`: another daemon runs there, or others could read or change what is in it.
     """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _refuse_shared(path, setting)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StateRootUnusable(f"{setting}: {path} can't be used: {error.strerror}. Choose another.") from error
-    try:
-        _take(lock, path, setting)
-        (path / "boot-id").write_text(f"{boot_id}\n")
-        for part in (path / "run", path / "bases", path / "images" / "sha256"):
-            part.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with ExitStack() as undo:
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_shared(path, setting)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            undo.callback(os.close, lock)  # which unlocks; the file stays, or two daemons could lock two of one name
+            _take(lock, path, setting)
+            (path / "boot-id").write_text(f"{boot_id}\n")
+            for part in (path / "run", path / "bases", path / "images" / "sha256"):
+                part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateRootUnusable(f"{setting}: {path} can't be used: {error.strerror}. Choose another.") from error
         yield StateRoot(path=path, boot_id=boot_id)
-    finally:
-        os.close(lock)  # and so unlocks; the file stays, or two daemons could lock two files of one name
 
 
 def _refuse_shared(path: Path, setting: str) -> None:

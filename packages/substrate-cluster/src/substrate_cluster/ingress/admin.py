@@ -83,7 +83,11 @@ def admin_app(
 
     async def audited(exchange: Exchange) -> None:
         if journal is None:
-            raise refused(Reason.NOT_FOUND, "no journal is kept", hint="See the setting AUDIT_JOURNAL.")
+            raise refused(
+                Reason.NOT_FOUND,
+                "no journal is kept",
+                hint="Start it with FC_INVOKE_AUDIT_JOURNAL=<file>; a node-daemon keeps its own.",
+            )
         await exchange.answer(200, _JSON, msgspec.json.encode({"entries": journal()}))
 
     async def exposed(exchange: Exchange) -> None:

@@ -77,8 +77,10 @@ class Registry:
                         backoff_s = _BACKOFF_S_MIN
             except (SubstrateError, OSError) as error:
                 why = str(error)
-            finally:
-                self._lose(node, why)
+            except asyncio.CancelledError:  # we stop listening: the node is not lost
+                self._index.retract(node.node_id)
+                raise
+            self._lose(node, why)
             await asyncio.sleep(backoff_s * (0.5 + self._dice.random()))
             backoff_s = min(backoff_s * 2, _BACKOFF_S_MAX)
 
