@@ -81,7 +81,7 @@ async def test_a_node_starts_real_guests_cold_and_warm(rootfs, tmp_path: Path):
             NodeIdentity(node_id="n1", boot_id="b1", arch="amd64"),
             vmms=[rig.plain_vmm],
             memory_mib=2048,
-            mint=IdentityMint(wall_ns=time.time_ns, entropy=lambda count: bytes(range(count))),
+            mint=IdentityMint(wall_ns=time.time_ns, entropy=os.urandom),
             emit=emit,
             times=NodeTimes(boot_within_s=BOOTS_WITHIN_S, restore_within_s=60.0),
         ) as node:

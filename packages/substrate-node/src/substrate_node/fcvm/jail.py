@@ -33,9 +33,17 @@ class Cgroups(Struct, frozen=True, kw_only=True):
     root: Path
     parent: str
 
-    def of(self, guest_id: str) -> Path:
-        """The guest's."""
-        return self.root / self.parent / guest_id
+    def remove(self, guest_id: str) -> None:
+        """Remove the guest's; one that is still busy, for the kernel may be slow, is left for the next sweep."""
+        with suppress(OSError):
+            (self.root / self.parent / guest_id).rmdir()
+
+    def remove_all(self) -> None:
+        """Remove every guest's that nothing is in."""
+        with suppress(FileNotFoundError):
+            for group in (self.root / self.parent).iterdir():
+                if group.is_dir():
+                    self.remove(group.name)
 
 
 class Jail(Struct, frozen=True, kw_only=True):
@@ -117,8 +125,7 @@ class JailedCell:
             unmount(self._mounts[-1])
             self._mounts.pop()
         if self._jail.cgroups is not None:
-            with suppress(FileNotFoundError):
-                self._jail.cgroups.of(self._guest_id).rmdir()
+            self._jail.cgroups.remove(self._guest_id)
         remove_cell(self.directory)
 
     def _bounds(self, cgroups: Cgroups) -> dict[str, int]:

@@ -29,8 +29,10 @@ async def sweep(run: Path, cgroups: Cgroups | None) -> tuple[Orphan, ...]:
     orphans = []
     for guest_id in guests:
         pids = [pid for pid in _processes(run, guest_id) if await _killed(run, guest_id, pid)]
-        await off_loop(_remove, run / guest_id, cgroups)
+        await off_loop(_remove, run / guest_id)
         orphans.append(Orphan(guest_id, pids[0] if pids else None))
+    if cgroups is not None:
+        cgroups.remove_all()
     return tuple(orphans)
 
 
@@ -73,10 +75,7 @@ async def _killed(run: Path, guest_id: str, pid: int) -> bool:
         os.close(pidfd)
 
 
-def _remove(directory: Path, cgroups: Cgroups | None) -> None:
+def _remove(directory: Path) -> None:
     for mount in mounts_below(directory):
         unmount(mount)
-    if cgroups is not None:
-        with suppress(FileNotFoundError):
-            cgroups.of(directory.name).rmdir()
     remove_cell(directory)
