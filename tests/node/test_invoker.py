@@ -396,6 +396,25 @@ def test_a_guest_that_cannot_be_ended_keeps_what_it_has_until_it_is(scene: str, 
     simulated(story, **options)
 
 
+def test_leaving_while_a_failed_start_is_cleared_away_frees_nothing_early():
+    """The guest that did not start may still live: its memory and the slot are free when it is gone."""
+
+    async def story(house: House) -> None:
+        subject = await cold(house)
+        house.faults.on(At.RESTORED, fail="not me")
+        house.faults.on(At.DISCARD, delay_s=2.0)
+        call = house.start(house.call(subject))
+        await asyncio.sleep(1.0)
+        call.cancel()
+        await asyncio.sleep(0.5)
+        assert house.committed_mib == 100
+        assert house.node.report().workloads[subject.digest].busy == 1
+        await asyncio.wait({call})
+        assert house.committed_mib == 0
+
+    simulated(story)
+
+
 def test_a_kill_that_hangs_holds_up_its_caller_for_ten_seconds_and_its_slot_until_it_is_done():
     """The caller is let go, the reaper goes on, and the next call waits for the slot."""
 

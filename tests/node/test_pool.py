@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from itertools import count
+from typing import Any
 
 import pytest
 
-from fakes.vmm import At, Latencies
+from fakes.vmm import At, GuestAnswer, GuestCall, Latencies, echo
 from node.house import House, at_pass, busy_for, simulated, workload
 from substrate_seam.errors import SubstrateError
 from substrate_seam.events import CleanupFailed, GuestClaimed, GuestGone, GuestParked, WarningRaised
@@ -226,6 +227,34 @@ def test_a_starving_call_takes_the_guest_that_is_parked_for_it():
             assert heard == b"ping"
 
     simulated(story, memory_mib=1000, latencies=Latencies(boot_s=2.0))
+
+
+def test_a_guest_that_is_parked_goes_to_a_waiting_call_of_its_workload_whoever_else_starves():
+    """The one in front has been promised other memory."""
+
+    async def story(house: House) -> None:
+        holder, big = workload("holder", memory_mib=500), workload("big", memory_mib=400)
+        slow = workload("slow", pool=1)
+        await house.warmed(workload("small", pool=1))
+        for each in (holder, big):
+            await house.node.ensure(each)
+        holding = house.start(house.call(holder))
+        await house.faults.reached(At.BEFORE_HEAD)
+        house.faults.on(At.BOOT, delay_s=1.0)
+        await house.node.ensure(slow)
+        house.faults.on(At.DISCARD, delay_s=5.0)
+        first = house.start(house.call(big))
+        second = house.start(house.call(slow))
+        await asyncio.sleep(3.0)
+        assert second.done()
+        for call in (first, second, holding):
+            assert await call == b"ping"
+
+    async def behave(guest: Any, call: GuestCall) -> GuestAnswer:
+        await asyncio.sleep(20.0 if guest.workload.name == "holder" else 0.1)
+        return await echo(guest, call)
+
+    simulated(story, behaviour=behave)
 
 
 def test_nothing_is_parked_while_a_call_lacks_memory():
