@@ -36,6 +36,7 @@ from substrate_node.vmm import Base
 from substrate_seam.errors import Ran, Reason, SubstrateError
 from substrate_seam.events import BaseBuilt, DefectFound, Event, GuestParked, SlotTaken
 from substrate_seam.executor import Node
+from substrate_seam.report import NodeLimits
 from substrate_seam.wire import HEAD_BYTES_MAX
 from substrate_service import serving
 from substrate_service.listener import ListenerLimits, StrictConfig, protocol_factory, strict_config
@@ -52,6 +53,8 @@ PATIENCE = Patience(connect_s=1.0, order_s=2.0, silence_s=5.0, margin_s=0.5, idl
 QUIET_WITHIN_S = 120.0
 WARMING_UP = ("build a base of ", "park ")
 """What a node does for no call in particular, perhaps again and again."""
+
+_LAST_GENERATION = 1_000_000
 
 _number: ContextVar[int | None] = ContextVar("number", default=None)
 
@@ -413,14 +416,17 @@ class Fleet:
         await process.node.drain(within_s=drain_s)
         await process.node.idle()
 
-    def calm(self) -> None:
-        """From now on everything goes well; what had gone wrong is mended."""
+    async def calm(self) -> None:
+        """From now on everything goes well; what had gone wrong is mended, also where nobody could be told before."""
         self.names.is_away = False
         for machine in self.machines:
             self.network.heal(machine.address)
             self.network.on_connect(machine.address, None)
             process = machine.process or machine.start()
             process.vmm.faults.clear()
+            if process.node.report().draining:
+                await process.node.resume()
+            await process.node.limit(NodeLimits(generation=_LAST_GENERATION, memory_mib=self.design.memory_mib))
         self.network.on_connect(FRONT, None)
 
     # What is left of it.
@@ -489,7 +495,7 @@ async def fleet(design: Design, dice: Random) -> AsyncIterator[Fleet]:
         there.open(nodes)
         await there.registry.heard()
         yield there
-        there.calm()
+        await there.calm()
         await there.stop_front(1.0)
         for remote in remotes:
             await remote.__aexit__()

@@ -111,7 +111,7 @@ class _Stage:
                     everybody.create_task(self._come(each))
                 for trouble in self.scenario.troubles:
                     everybody.create_task(self._trouble(trouble))
-            there.calm()
+            await there.calm()
             if left := await there.quiet():
                 raise Lie("\n  ".join(["left of calls that are over:", *left]))
             if not there.is_stopping:
@@ -183,7 +183,7 @@ class _Stage:
     async def _drain(self, there: Fleet, machine: Machine, trouble: Trouble) -> None:
         node = there.nodes[machine.node_id]
         await node.drain(within_s=trouble.for_s)
-        await asyncio.sleep(trouble.for_s + 0.5)
+        await asyncio.sleep(trouble.for_s + 1.0)
         await node.resume()
 
     async def _limit(self, there: Fleet, machine: Machine, trouble: Trouble) -> None:

@@ -301,8 +301,9 @@ def reloads(draft: _Draft) -> None:
 
 
 def cancels(draft: _Draft) -> None:
-    """Calls are cancelled on some node, at some moment after they were accepted."""
+    """Calls are cancelled on some node, at some moment after they were accepted; some guests are slow to reach."""
     draft.slow = 2.0
+    draft.fault(At.DIAL, delay_s=0.02, times=None, chance=draft.dice.choice([0.0, 0.5]))
     for _ in range(draft.dice.randint(2, 6)):
         draft.trouble("cancel", for_s=draft.dice.choice([0.0, 0.001, 0.02, 0.3]), size=draft.dice.randrange(1 << 30))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +20,19 @@ from simulation.fleet import Fleet
 from simulation.play import Lived, live, live_through
 from simulation.scenarios import THEMES
 from substrate_cluster.admission import Admission
+from substrate_cluster.ingress import headers
 from substrate_cluster.ingress.exchange import Exchange as FrontExchange
 from substrate_cluster.ingress.exchange import HangUpWatch
 from substrate_cluster.nodes.remote import RemoteInvoking
 from substrate_cluster.placement import executor as placing
 from substrate_node.calls import Calls
 from substrate_node.invoker import Claim
-from substrate_node.ledger import Lease
+from substrate_node.ledger import Lease, Ledger
+from substrate_node.node import LocalNode
+from substrate_node.pool import Pool
+from substrate_node.reaper import Reaper
 from substrate_node.slots import Slots
+from substrate_node.vmm import VmmError
 from substrate_node.vsockhttp import Exchange as GuestExchange
 from substrate_seam.errors import Ran, Reason, SubstrateError
 from substrate_seam.events import InvocationEnded
@@ -112,6 +118,20 @@ def _lined_up_regardless(self: Slots[Any], queue: Any, ticket: Any) -> None:
     queue.lines.setdefault(ticket.caller, {})[ticket] = None
 
 
+def _taken_and_left(self: Pool, digest: str) -> Any:
+    bay = self._bays.get(digest)
+    return bay.parked[0] if bay is not None and bay.parked else None
+
+
+def _leased_anyway(self: Ledger, mib: int) -> Lease:
+    return Lease(self, mib)
+
+
+async def _tried_once(self: Reaper, step: Any, *, what: str) -> None:
+    with suppress(VmmError):
+        await step()
+
+
 async def _nothing(*_: object, **__: object) -> None:
     """Do nothing."""
 
@@ -152,6 +172,15 @@ PLANTED = {
         "exchanges_fail", "ran for", GuestExchange, "bound", lambda _exchange, _seconds, *, on_expiry: on_expiry
     ),
     "a session runs two calls at once": Plant("calm", "at once", Slots, "_line_up", _lined_up_regardless),
+    "a guest is given to two calls": Plant("calm", "no reason", Pool, "take", _taken_and_left),
+    "guests take more memory than there is": Plant(
+        "memory_is_short", "Overcommitted", Ledger, "reserve", _leased_anyway
+    ),
+    "a clean-up that fails is not tried again": Plant(
+        "cleaning_fails", "discard|kill|MiB", Reaper, "insist", _tried_once
+    ),
+    "a drain does not end calls": Plant("drains", "outlived the drain", LocalNode, "_end_calls", lambda _node: None),
+    "a guest's fields pass for ours": Plant("calm", "internal was told", headers, "_NEVER_OUT_PREFIXES", (b"proxy-",)),
     "a caller's hang-up is not noticed": Plant("rude_callers", "after its caller", HangUpWatch, "_watch", _nothing),
 }
 

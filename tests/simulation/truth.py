@@ -20,6 +20,8 @@ from substrate_seam.events import (
     InvocationAccepted,
     InvocationEnded,
     InvocationRefused,
+    NodeDraining,
+    NodeResumed,
     SlotFreed,
     SlotTaken,
 )
@@ -120,8 +122,15 @@ class Audit:
         """Defects, and what must never be so at any moment."""
         sessions: dict[str, tuple[str, str, str | None]] = {}  # of the calls accepted, where they run one at a time
         running: dict[tuple[str, ...], str] = {}
-        for _, source, event in self.fleet.events:
+        drained_at_s: dict[str, float] = {}  # by when the last call of a node should have ended
+        for at_s, source, event in self.fleet.events:
             match event:
+                case NodeDraining():
+                    drained_at_s[source] = at_s + event.within_s
+                case NodeResumed():
+                    drained_at_s.pop(source, None)
+                case ExchangeEnded() if at_s > drained_at_s.get(source, at_s) + ENDING_S:
+                    yield f"{source}: a call outlived the drain that was to be over at {drained_at_s[source]}: {event}"
                 case DefectFound() | Overcommitted():
                     yield f"{source}: {event}"
                 case CleanupFailed() | CleanupLate() if self.themes.isdisjoint({"cleaning_fails", "bases_fail"}):
@@ -138,6 +147,7 @@ class Audit:
                 case SlotFreed(invocation_id=str()) if event.invocation_id in sessions:
                     running.pop((source, *map(str, sessions[event.invocation_id])), None)
                 case Crashed():
+                    drained_at_s.pop(source, None)
                     running = {session: call for session, call in running.items() if session[0] != source}
 
     def _delays_of(self, call: Call) -> Iterator[str]:
