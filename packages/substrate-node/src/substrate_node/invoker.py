@@ -381,6 +381,8 @@ class Claim:
 
     async def _dial(self, exchange: Exchange) -> None:
         assert self._guest is not None
+        if self._guest.exited.done():  # whatever still listens there, nobody would act on the request
+            raise ConnectionResetError(f"it ended with {self._guest.exited.result().words}")
         await self._guest.dial(lambda: exchange)
 
     async def _start_over(self, why: str) -> None:
