@@ -101,7 +101,7 @@ class Memory(RuleBasedStateMachine):
 
 
 TestMemory = Memory.TestCase
-TestMemory.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestMemory.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 
 
 class Clock:

@@ -109,7 +109,9 @@ SCENES: dict[str, tuple[Scene, dict[str, Any]]] = {
     "giving back slowly": (pooled, {"latencies": SLOW}),
 }
 every_scene = pytest.mark.parametrize("scene", SCENES)
-telling_scenes = pytest.mark.parametrize("scene", ["cold", "falling through", "short of memory", "streaming"])
+telling_scenes = pytest.mark.parametrize(
+    "scene", ["cold", "hard to reach", "falling through", "short of memory", "streaming"]
+)
 
 
 def at_every_pass(
@@ -181,7 +183,7 @@ def test_a_caller_may_be_cancelled_again_and_again(scene: str, cancels: int):
     assert None in at_every_pass(scene, leave)
 
 
-@every_scene
+@telling_scenes
 def test_a_cancelled_id_ends_at_once_and_its_fate_is_told(scene: str):
     """At any moment: if it is said not to have run, then it has not and never will."""
     told: list[tuple[House, asyncio.Task[Any], asyncio.Task[Ran], Invocation]] = []
@@ -536,6 +538,25 @@ def test_a_guest_that_dies_between_its_readiness_and_the_request_is_replaced():
         assert [event.message for event in house.said(StartFailed)] == ["it could not be reached: it is dead"]
 
     simulated(story, behaviour=busy_for(0.3))
+
+
+def test_nothing_is_written_to_a_guest_that_is_dead():
+    """It died while the request was on its way to the node, and its socket still takes connections."""
+
+    async def story(house: House) -> None:
+        invocation = house.invocation(await pooled(house))
+        (guest,) = house.vmm.alive.values()
+        async with house.node.claim(invocation) as claim:
+            guest._listeners.clear()  # they stay open
+            guest.die("exit status 9")
+            await asyncio.sleep(1.0)
+            reply = await claim.exchange(invocation.request)
+            assert reply.started.start is Start.COLD
+            assert [piece async for piece in reply.body] == [b"ping"]
+        assert house.said(StartFailed)[0].message == "it could not be reached: it ended with exit status 9"
+        house.vmm.network._listeners.pop(guest.address)
+
+    simulated(story)
 
 
 def test_a_death_that_was_noticed_is_forgotten_with_its_guest():

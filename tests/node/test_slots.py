@@ -176,7 +176,7 @@ class Queueing(RuleBasedStateMachine):
 
 
 TestQueueing = Queueing.TestCase
-TestQueueing.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestQueueing.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 class Desk:
