@@ -118,6 +118,15 @@ async def test_each_workload_has_its_own_first_process(members: dict, init: str,
     await rig.vmm.discard("g1")
 
 
+async def test_our_guests_are_told_to_keep_the_journal_where_one_is_kept(tmp_path: Path):
+    """By their environment, which is the kernel's command line; others would not know what it means."""
+    double = Double(tmp_path / "bin")
+    async with outfitted(double.rules(audited=True)) as outfit:
+        rig = MicroVmRig(tmp_path, outfit, double)
+        assert " SUBSTRATE_AUDIT=1 init=/.substrate/init" in outfit.boot_args(rig.workload.spec)
+        assert "AUDIT" not in outfit.boot_args(rig.of(double.rootfs(), guest="go-shim").spec)
+
+
 async def test_an_initrd_goes_along_where_one_is_set(tmp_path: Path):
     """By name, as all files do."""
     double = Double(tmp_path / "bin")

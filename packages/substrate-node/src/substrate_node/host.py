@@ -103,7 +103,9 @@ async def hosted_node(
         files = held.enter_context(ExitStack())
         root = files.enter_context(locked_state_root(place, boot_id=boot_id, setting=f"{prefix}STATE_ROOT"))
         journal = _open_journal(settings.audit_journal, files)
-        microvms = await _firecracker_vmm(_microvm_rules(settings, daemon), root, held, emit=emit)
+        microvms = await _firecracker_vmm(
+            _microvm_rules(settings, daemon, audited=journal is not None), root, held, emit=emit
+        )
         processes = await _process_vmm(root, guest_argv, audited=journal is not None, emit=emit)
         vmms: tuple[Vmm, ...] = (processes,) if microvms is None else (microvms, processes)
         identity = NodeIdentity(node_id=settings.node_id, boot_id=boot_id, arch=settings.arch, pod_uid=settings.pod_uid)
@@ -124,13 +126,14 @@ def _open_journal(path: Path | None, files: ExitStack) -> JournalFile | None:
     return JournalFile(files.enter_context(path.open("a"))) if path is not None else None
 
 
-def _microvm_rules(settings: NodeSettings, daemon: str) -> MicroVmRules:
+def _microvm_rules(settings: NodeSettings, daemon: str, *, audited: bool) -> MicroVmRules:
     return MicroVmRules(
         firecracker=settings.firecracker_bin,
         kernel=settings.kernel_image,
         initrd=settings.kernel_initrd,
         boot_args=settings.kernel_boot_args or DEFAULT_BOOT_ARGS,
         foreign_init=settings.harness_init,
+        audited=audited,
         jail=settings.jailer,
         cgroup_parent=daemon,
         oom_score_adj=settings.guest_oom_score_adj,

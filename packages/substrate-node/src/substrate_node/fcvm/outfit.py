@@ -33,8 +33,8 @@ _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CP
 class MicroVmRules(Struct, frozen=True, kw_only=True):
     """How microVMs are to be made here; `kvm` is what must be usable for them.
 
-    `foreign_init` is the first process of guests on the Go shim. `jailer` None: the program beside `firecracker`.
-    `cgroup_root` None: where control groups of version 2 are mounted.
+    `foreign_init` is the first process of guests on the Go shim; `audited` has ours write a journal before they act.
+    `jailer` None: the program beside `firecracker`. `cgroup_root` None: where version 2 of control groups is mounted.
     `jail` is `on` (or nothing runs), `off`, or `auto`: on wherever it is possible.
     """
 
@@ -43,6 +43,7 @@ class MicroVmRules(Struct, frozen=True, kw_only=True):
     initrd: Path | None = None
     boot_args: str = DEFAULT_BOOT_ARGS
     foreign_init: str = "/usr/local/bin/fc-shim-init"
+    audited: bool = False
     jail: Literal["auto", "on", "off"] = "auto"
     jailer: Path | None = None
     cgroup_root: Path | None = None
@@ -92,8 +93,11 @@ class Outfit(Struct, frozen=True, kw_only=True):
 
     def boot_args(self, spec: WorkloadSpec) -> str:
         """The guest kernel's command line; Firecracker adds the root device."""
-        usual = OUR_INIT if spec.guest == "substrate" else self.rules.foreign_init
-        return f"{self.rules.boot_args} init={spec.harness_init or usual}"
+        ours = spec.guest == "substrate"
+        audit = " SUBSTRATE_AUDIT=1" if ours and self.rules.audited else ""  # in the environment of the first process
+        return (
+            f"{self.rules.boot_args}{audit} init={spec.harness_init or (OUR_INIT if ours else self.rules.foreign_init)}"
+        )
 
     def objection(self, manifest: Manifest) -> str | None:
         """Why no workload here can ever use a base again; None if one may."""
