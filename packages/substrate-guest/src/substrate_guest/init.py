@@ -25,7 +25,7 @@ SITE = "/.substrate/site"
 STOP_S = 2.0
 """How long processes have to end when the machine is asked to, before they are killed."""
 STOPPED_BY = {signal.SIGTERM, signal.SIGINT}
-"""What a host, or Ctrl-Alt-Del, asks the machine to end with."""
+"""What asks the machine to end."""
 
 
 def main() -> NoReturn:
