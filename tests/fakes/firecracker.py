@@ -46,6 +46,7 @@ NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
 BEFORE_START = "The requested operation is not supported before starting the microVM."
 AFTER_START = "The requested operation is not supported after starting the microVM."
 MAGIC = b"FCDOUBLE"
+FAREWELL = "2026-01-01T00:00:00.000000000 [anonymous-instance:main] Firecracker exiting successfully. exit_code=0"
 RESTORE = "Load snapshot error: Failed to restore from snapshot: "
 
 # For each call: its fields, the required ones first with a `*`. Types are not looked at closer than this.
@@ -825,9 +826,11 @@ def main(argv: list[str]) -> None:
     rest = argv[2:]
     if rest == ["--version"]:
         print(f"Firecracker v{config.get('version', '1.17.0')}\n")
+        print(FAREWELL)
         return
     if rest == ["--snapshot-version"]:
         print(f"v{config.get('snapshot_version', '12.0.0')}")
+        print(FAREWELL)
         return
     arguments = dict(zip(rest[::2], rest[1::2], strict=True))
     if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", arguments.get("--id", "anonymous-instance")):
