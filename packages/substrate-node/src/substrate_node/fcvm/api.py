@@ -20,6 +20,7 @@ from substrate_seam.http1 import BadReply, ReplyReader
 
 NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
 CALL_WITHIN_S = 5.0
+START_WITHIN_S = 30.0  # it reads the kernel; on an emulated processor it was seen to take over 5 s
 PAUSE_WITHIN_S = 35.0  # Firecracker itself gives up on its vCPUs after 30 s
 LOAD_WITHIN_S = 60.0
 CREATE_WITHIN_S = 600.0  # it writes all memory of the guest and waits for the disk
@@ -109,6 +110,7 @@ class Start(Request, frozen=True, kw_only=True, omit_defaults=False):
     """Start the configured machine."""
 
     path = "/actions"
+    within_s = START_WITHIN_S
     action_type: str = "InstanceStart"
 
     @property
