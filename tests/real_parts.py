@@ -86,6 +86,11 @@ PARTS: dict[str, Part] = {
     "debugfs": program("debugfs", "e2fsprogs"),
     "e2fsck": program("e2fsck", "e2fsprogs"),
     "loop-mount": Part(_loops_can_be_mounted, "run the tests as root on a kernel with loop devices and ext4"),
+    "gcc": program("gcc", "build-essential"),
+    "x86-64-glibc": Part(
+        lambda: os.uname().machine == "x86_64" and Path("/lib64/ld-linux-x86-64.so.2").exists(),
+        "run the tests on x86-64 with glibc",
+    ),
     "pidfd": Part(_pidfds_work, "use Linux 5.3 or newer, and a sandbox that allows pidfd_open"),
 }
 """A part joins this table together with the first test that needs it."""

@@ -1,7 +1,6 @@
 """The first process of a machine, in namespaces that stand in for one, on an image without Python and libc."""
 
 import json
-import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -9,13 +8,10 @@ from pathlib import Path
 import pytest
 
 from guest.host import PATIENCE_S, Guest
+from real_parts import needs
 from substrate_guest import tree
-from substrate_guest.isolation import may_administer
 
-pytestmark = [
-    pytest.mark.skipif(not may_administer(), reason="only root can mount what a machine has"),
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds the only program of the image"),
-]
+pytestmark = needs("root", "gcc", "x86-64-glibc", "pidfd")
 MACHINE = ("unshare", "--mount", "--pid", "--fork", "--uts", "--ipc", "--net", "--kill-child")
 BOOT = 'mount --bind "$0" "$0" && mount -t devtmpfs dev "$0/dev" && cd "$0" && exec chroot . /.substrate/init'
 """The machine's kernel has mounted /dev when it starts its first process; ours does it for it."""

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from real_parts import needs
 from substrate_guest import tree
 from substrate_guest.launcher import launcher
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != tree.MACHINE or not tree.LOADER.exists(), reason="the tree is for x86-64 with glibc"
-)
+pytestmark = needs("x86-64-glibc")
 
 
 @pytest.fixture(scope="module")
