@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from random import Random
 
@@ -144,15 +145,21 @@ asyncio.run(main())
 """
 
 
+@pytest.fixture
+def everybodys():
+    """A directory that everybody may pass through; pytest closes its own to others whenever a run starts."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory)
+
+
 @needs("root", "system-python")
-def test_an_ordinary_user_can_run_it(tmp_path):
+def test_an_ordinary_user_can_run_it(everybodys):
     """Everything works without being root: process guests need no privilege of the host's."""
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o711)
-    home = tmp_path / "home"
+    home = everybodys / "home"
     home.mkdir(mode=0o700)
     os.chown(home, 65534, 65534)
-    python = environment_for_others(tmp_path / "venv")
+    python = environment_for_others(everybodys / "venv")
     done = subprocess.run(
         [python, "-c", AS_AN_ORDINARY_USER],
         user=65534,
