@@ -203,11 +203,11 @@ class FakeVmm:
             return f"workload {workload.name!r} wants isolation {workload.spec.isolation}; this is {self.isolation}"
         return self._refuses.get(workload.name)
 
-    def input_key(self, workload: Workload) -> str | None:
+    async def input_key(self, workload: Workload) -> str | None:
         """The workload's digest, unless made without warm starts."""
         return workload.digest if self._warm else None
 
-    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound) -> Guest:
+    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound, *, to_capture: bool = False) -> Guest:
         """Start a guest; it is in `alive` from the first moment on, as half a VM would be on a host."""
         return await self._start(At.BOOT, workload, guest_id, inbound, self.latencies.boot_s)
 
@@ -242,7 +242,8 @@ class FakeVmm:
     async def adopt(self, workload: Workload) -> Base | None:
         """A base that was there already and matches."""
         await self._suffer(At.ADOPT, workload.name)
-        return next((base for base in self.bases.values() if base.input_key == self.input_key(workload)), None)
+        key = await self.input_key(workload)
+        return next((base for base in self.bases.values() if base.input_key == key), None)
 
     async def discard(self, guest_id: str) -> None:
         """Kill and forget."""

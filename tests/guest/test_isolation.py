@@ -37,11 +37,13 @@ class Launched:
             "env": {"PATH": "/usr/bin:/bin"},
             "cwd": None,
             "hostname": "guest",
+            "boot_id": "5a1c0f6e-0000-4000-8000-000000000001",
             "measures": GENTLE,
             "user": 65_534,
             "visible": [],
             "base": str(directory),
             "writable_mib": 16,
+            "zygote": False,
         }
         with theirs, listener, dialler, tempfile.TemporaryFile() as file, self.console_path.open("wb") as console:
             file.write(marshal.dumps({**plan, **members}))
@@ -56,11 +58,13 @@ class Launched:
                 os.close(fd)
 
     def hear(self) -> list[str]:
-        """The fields of the next message but `pid`, or none when nobody is left to say anything."""
+        """The fields of the next message but `pid`, without pids, or none when nobody is left to say anything."""
         fields = ["pid"]
         while fields[0] == "pid":
             fields = self.reports.recv(65_536).decode().split("\t")
-        return fields if fields != [""] else []
+        if fields == [""]:
+            return []
+        return fields[:-1] if fields[0] in {"up", "ended"} else fields
 
     def hear_all(self) -> list[list[str]]:
         """All messages to the end."""
@@ -193,5 +197,5 @@ def test_the_launcher_imports_little():
     argv = isolation.argv(sys.executable)
     program = argv[-1].replace("isolation.main()", "print(*sys.modules)")
     loaded = subprocess.run([*argv[:-1], program], capture_output=True, text=True, timeout=WITHIN_S, check=True)
-    assert "isolation" in loaded.stdout.split()
+    assert "substrate_guest.isolation" in loaded.stdout.split()
     assert not slow & set(loaded.stdout.split())

@@ -1,26 +1,47 @@
 """A daemon to be killed: boots one guest in the directory it is told, says `up`, and waits for its end.
 
-Arguments: the directory, and a word for the command line of the launcher by which its processes are found.
+Arguments: the directory, and a word for the command line of the launcher by which its processes are found. With `warm`
+after them, it says `booted`, `captured` and `cloned` as it goes about a base and its clones, and never ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from itertools import count
 from pathlib import Path
 
-from node.procvm_rig import workload
+from node.procvm_rig import warm_workload, workload
+from node.vmm_contract import until_ready
 from substrate_guest import isolation
 from substrate_node.procvm import ProcessVmm
 
 
-async def main(run: Path, mark: str) -> None:
+async def main(run: Path, mark: str, *how: str) -> None:
     """Boot, tell, wait."""
     vmm = ProcessVmm(run, guest_argv=(*isolation.argv(sys.executable), mark))
+    if how:
+        await keep_cloning(vmm, mark)
     guest = await vmm.boot(workload(command=("python", "obedient.py", mark)), "g1", {})
     print("up", flush=True)  # noqa: T201  # to the test
     await guest.exited
 
 
+async def keep_cloning(vmm: ProcessVmm, mark: str) -> None:
+    """Capture a base, and make clone after clone."""
+    marked = warm_workload(env={"MARK": mark})
+    source = await vmm.boot(marked, "source", {}, to_capture=True)
+    print("booted", flush=True)  # noqa: T201  # to the test
+    await until_ready(source)
+    base = await vmm.capture(marked, source, "base")
+    print("captured", flush=True)  # noqa: T201  # to the test
+    for number in count():
+        guest = await vmm.restore(marked, base, f"c{number}", {})
+        if number == 0:
+            print("cloned", flush=True)  # noqa: T201  # to the test
+        if number % 3:
+            await vmm.discard(guest.guest_id)
+
+
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
+    asyncio.run(main(Path(sys.argv[1]), *sys.argv[2:]))

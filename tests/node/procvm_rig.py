@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from node.vmm_contract import NOBODY, until_ready
 from substrate_guest import isolation
 from substrate_node.procvm import ProcessVmm
+from substrate_node.vmm import Base, Guest, Inbound
 from substrate_seam.workload import Workload, WorkloadSpec
 
 GUESTS = Path(__file__).parent / "guests"
@@ -29,6 +31,63 @@ class ProcessRig:
     def left(self) -> Collection[str]:
         """Directories of guests, and children of this process."""
         return [*(path.name for path in self.run.iterdir()), *children()]
+
+
+WARM = ("python", "-m", "substrate_guest", "serve", "warm:app")
+
+
+class WarmRig(ProcessRig):
+    """The same, with a workload that can be cloned."""
+
+    def __init__(self, run: Path, *, python: str = sys.executable) -> None:
+        super().__init__(run, python=python)
+        self.workload = warm_workload()
+
+    async def captured(self, base_id: str, **members: object) -> Base:
+        """A base of the workload, or of one with other members."""
+        workload = warm_workload(**members)
+        source = await self.vmm.boot(workload, f"source-of-{base_id}", NOBODY, to_capture=True)
+        try:
+            await until_ready(source)
+            return await self.vmm.capture(workload, source, base_id)
+        finally:
+            await self.vmm.discard(source.guest_id)
+
+
+class CloneRig(WarmRig):
+    """The same, with a monitor that restores a clone whenever it is to boot a guest: what it promises, clones keep."""
+
+    def __init__(self, run: Path, *, python: str = sys.executable) -> None:
+        super().__init__(run, python=python)
+        self.vmm = _CloningVmm(run, guest_argv=isolation.argv(python), python=python)
+        self._base: Base | None = None
+
+    async def begin(self) -> None:
+        """Have a base to restore from."""
+        self._base = self.vmm.base = await self.captured("base")
+
+    async def end(self) -> None:
+        """Be without it again."""
+        if self._base is not None:
+            await self.vmm.discard_base(self._base)
+
+    def left(self) -> Collection[str]:
+        """What there is beside that base: a directory, and the process that keeps it."""
+        return [left for left in super().left() if left != "base"][1:]
+
+
+class _CloningVmm(ProcessVmm):
+    base: Base
+
+    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound, *, to_capture: bool = False) -> Guest:
+        if to_capture:
+            return await super().boot(workload, guest_id, inbound, to_capture=True)
+        return await self.restore(workload, self.base, guest_id, inbound)
+
+
+def warm_workload(**members: object) -> Workload:
+    """A workload that does what the obedient guest does, and has a warm start."""
+    return workload(**{"name": "warm", "command": WARM, "warm_base": True, **members})
 
 
 def workload(**members: object) -> Workload:
@@ -54,3 +113,24 @@ async def process_rig(run: Path, *, python: str = sys.executable) -> AsyncIterat
     await rig.vmm.probe()
     yield rig
     assert not rig.left()
+
+
+@asynccontextmanager
+async def warm_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[WarmRig]:
+    """The same with a workload that can be cloned; in the end it has no base either."""
+    rig = WarmRig(run, python=python)
+    await rig.vmm.probe()
+    yield rig
+    assert not rig.left()
+
+
+@asynccontextmanager
+async def clone_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[CloneRig]:
+    """A rig of clones, with the base that they are made of; in the end there is neither."""
+    rig = CloneRig(run, python=python)
+    await rig.vmm.probe()
+    await rig.begin()
+    yield rig
+    assert not rig.left()
+    await rig.end()
+    assert not ProcessRig.left(rig)

@@ -17,7 +17,7 @@ from typing import Any
 
 from node.procvm_rig import ProcessRig, process_rig
 from node.vmm_contract import NOBODY, PROMISES, ask
-from substrate_guest import isolation
+from substrate_guest import confinement
 
 NOBODY_UID = 65_534
 
@@ -41,14 +41,14 @@ async def look(rig: ProcessRig) -> dict[str, Any]:
 
 def give_up_namespaces() -> None:
     """Be in a user namespace that allows no other, without a capability in it: as on a host that forbids them."""
-    isolation.enter_user_namespace()
-    isolation.forbid_nested_namespaces()
-    isolation.drop_capabilities()
+    confinement.enter_user_namespace()
+    confinement.forbid_nested_namespaces()
+    confinement.drop_capabilities()
 
 
 if __name__ == "__main__":
     os.chown(sys.argv[1], NOBODY_UID, NOBODY_UID)
-    isolation.become(NOBODY_UID)
+    confinement.become(NOBODY_UID)
     if sys.argv[3:] == ["bare"]:
         give_up_namespaces()
     asyncio.run(main(Path(sys.argv[1]) / "run", sys.argv[2]))

@@ -20,12 +20,12 @@ import uvloop
 from node.procvm_rig import GUESTS, ProcessRig, children, process_rig, workload
 from node.vmm_contract import NOBODY, PROMISES, Greeter, Promise, ask
 from real_parts import needs
-from substrate_guest import isolation
+from substrate_guest import confinement
 from substrate_node.processes.console import KEPT_BYTES
 from substrate_node.procvm import IsolationReport, Measure, ProcessVmm
 from substrate_node.procvm.dials import OPEN_MAX
-from substrate_node.procvm.guest import ProcessGuest
-from substrate_node.procvm.probe import MEASURES
+from substrate_node.procvm.launch import Launch
+from substrate_node.procvm.probe import MEASURES, MEMORY_BOUND
 from substrate_node.vmm import CONTROL_PORT, VmmError
 from substrate_seam.invocation import Isolation
 from substrate_seam.workload import Workload, WorkloadSpec
@@ -99,7 +99,7 @@ async def test_a_guest_has_no_network_but_its_loopback(rig: ProcessRig):
 async def test_a_guest_is_nobody_and_stays_nobody(rig: ProcessRig):
     """No capability, no way to one, and no user of the host's."""
     seen = await seen_by(rig, "g1")
-    assert (seen["uid"], seen["gid"]) == (isolation.INNER_ID, isolation.INNER_ID)
+    assert (seen["uid"], seen["gid"]) == (confinement.INNER_ID, confinement.INNER_ID)
     assert set(seen["capabilities"]) == {"0" * 16}
     assert seen["no_new_privs"] == "1"
     assert seen["unshare_user"] != 0
@@ -155,8 +155,8 @@ async def test_two_guests_see_nothing_of_each_other(rig: ProcessRig):
 def test_process_guests_of_an_ordinary_user_keep_the_contract_too():
     """Without any privilege: user namespaces alone give the guest all of this."""
     seen = seen_by_ordinary_users_guest()
-    assert set(seen["applied"]) == MEASURES.keys() - {"unprivileged-user"}
-    assert (seen["uid"], seen["outer_uid"][1]) == (isolation.INNER_ID, "65534")
+    assert set(seen["applied"]) >= MEASURES.keys() - {"unprivileged-user", MEMORY_BOUND}
+    assert (seen["uid"], seen["outer_uid"][1]) == (confinement.INNER_ID, "65534")
     assert not seen["exists"]
     assert seen["pids"] == ["1", "2"]
     assert set(seen["capabilities"]) == {"0" * 16}
@@ -342,16 +342,16 @@ async def test_a_boot_given_up_at_a_stage_leaves_nothing(
 ):
     """Whenever its owner gives up, and however often."""
     reached = asyncio.Event()
-    report = ProcessGuest._report
+    report = Launch._report
 
-    async def hanging(guest: ProcessGuest) -> str:
-        message = await report(guest)
+    async def hanging(launch: Launch) -> str:
+        message = await report(launch)
         if stage == "started" or message.startswith(stage):
             reached.set()
             await asyncio.Future()
         return message
 
-    monkeypatch.setattr(ProcessGuest, "_report", hanging)
+    monkeypatch.setattr(Launch, "_report", hanging)
     boot = asyncio.get_running_loop().create_task(rig.vmm.boot(rig.workload, "g1", NOBODY))
     await reached.wait()
     for _ in range(cancels):

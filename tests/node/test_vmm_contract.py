@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from fakes.vmm import FakeGuest, FakeVmm, GuestAnswer, GuestCall
-from node.procvm_rig import ProcessRig, process_rig
+from node.procvm_rig import ProcessRig, clone_rig, process_rig
 from node.vmm_contract import PROMISES, Promise
 from real_parts import needs
 from simulation import virtual_time
@@ -73,14 +73,18 @@ def test_the_fake_keeps_the_contract(promise: Promise):
     assert not virtual_time.run(main, seed=1).value
 
 
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[ProcessRig]:
+RIGS = {"booted": process_rig, "cloned": clone_rig}
+"""Guests with a program of their own, and guests that are clones of one on our shim."""
+
+
+@pytest.fixture(params=RIGS)
+async def rig(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[ProcessRig]:
     """The monitor of process guests."""
-    async with process_rig(tmp_path / "run") as rig:
+    async with RIGS[request.param](tmp_path / "run") as rig:
         yield rig
 
 
-@needs("pidfd")
+@needs("pidfd", "user-namespaces")
 @each_promise
 async def test_process_guests_keep_the_contract(promise: Promise, rig: ProcessRig):
     """On this host, with real processes; the rig asserts that nothing is left."""

@@ -75,6 +75,13 @@ async def ask(guest: Guest, target: str, *, port: int = DATA_PORT) -> tuple[int,
     return (reader.status, body) if reader.complete else (0, b"")
 
 
+async def until_ready(guest: Guest) -> None:
+    """Ask on the control port until the guest says that it is primed."""
+    async with asyncio.timeout(WITHIN_S):
+        while (await ask(guest, "/shim/ready", port=CONTROL_PORT))[0] != 200:
+            await asyncio.wait({guest.exited}, timeout=0.01)
+
+
 async def it_boots_a_guest_that_serves_control_and_data(rig: Rig) -> None:
     """One connection is one exchange, on either port."""
     guest = await rig.vmm.boot(rig.workload, "g1", NOBODY)
@@ -181,14 +188,14 @@ async def it_says_why_it_cannot_run_a_workload(rig: Rig) -> None:
 
 async def a_base_outlives_its_source_and_its_clones_outlive_it(rig: Rig) -> None:
     """Capturing uses the source up; clones serve, and go on when the base is discarded."""
-    if rig.vmm.input_key(rig.workload) is None:
+    if await rig.vmm.input_key(rig.workload) is None:
         assert await rig.vmm.adopt(rig.workload) is None
         return
-    source = await rig.vmm.boot(rig.workload, "source", NOBODY)
-    assert (await ask(source, "/shim/ready", port=CONTROL_PORT))[0] == 200
+    source = await rig.vmm.boot(rig.workload, "source", NOBODY, to_capture=True)
+    await until_ready(source)
     base = await rig.vmm.capture(rig.workload, source, "b1")
     await rig.vmm.discard("source")
-    assert base.input_key == rig.vmm.input_key(rig.workload)
+    assert base.input_key == await rig.vmm.input_key(rig.workload)
     assert await rig.vmm.adopt(rig.workload) == base
     clones = [await rig.vmm.restore(rig.workload, base, guest_id, NOBODY) for guest_id in ("c1", "c2")]
     await rig.vmm.discard_base(base)

@@ -381,7 +381,7 @@ async def test_a_capture_that_fails_leaves_no_base(fault: dict, place: str, rig:
     """Wherever, and however."""
     rig.double.set({"on": place, **fault})
     source = await rig.vmm.boot(rig.workload, "g1", NOBODY)
-    named = Base(base_id="b1", input_key=rig.vmm.input_key(rig.workload))
+    named = Base(base_id="b1", input_key=await rig.vmm.input_key(rig.workload))
     with pytest.raises((VmmError, TimeoutError)):
         async with asyncio.timeout(0.3 if fault["do"] == "hang" else WITHIN_S):
             await rig.vmm.capture(rig.workload, source, "b1")
@@ -398,7 +398,7 @@ async def test_a_full_disk_is_told_before_and_during_a_capture(rig: MicroVmRig, 
     message = await refused(rig.vmm.capture(rig.workload, source, "b1"))
     assert "No space left on device (os error 28) The disk is full: free some space" in message
     await rig.vmm.discard("g1")
-    await rig.vmm.discard_base(Base(base_id="b1", input_key=rig.vmm.input_key(rig.workload)))
+    await rig.vmm.discard_base(Base(base_id="b1", input_key=await rig.vmm.input_key(rig.workload)))
     rig.double.set()
     source = await rig.vmm.boot(rig.workload, "g1", NOBODY)
     usage = shutil.disk_usage(rig.run)
@@ -415,7 +415,7 @@ async def test_a_memory_that_is_cut_short_is_no_base(rig: MicroVmRig):
     message = await refused(rig.vmm.capture(rig.workload, source, "b1"))
     assert f"Firecracker left {MEMORY_MIB * 2**19} bytes of a memory of {MEMORY_MIB} MiB" in message
     await rig.vmm.discard("g1")
-    await rig.vmm.discard_base(Base(base_id="b1", input_key=rig.vmm.input_key(rig.workload)))
+    await rig.vmm.discard_base(Base(base_id="b1", input_key=await rig.vmm.input_key(rig.workload)))
 
 
 @pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
@@ -431,7 +431,7 @@ async def test_a_link_in_place_of_a_snapshot_is_never_followed(make, name: str, 
     message = await refused(rig.vmm.capture(rig.workload, source, "b1"))
     assert f"Firecracker left no file of its own as {name}" in message
     await rig.vmm.discard("g1")
-    await rig.vmm.discard_base(Base(base_id="b1", input_key=rig.vmm.input_key(rig.workload)))
+    await rig.vmm.discard_base(Base(base_id="b1", input_key=await rig.vmm.input_key(rig.workload)))
     assert other.stat().st_mode & 0o777 == 0o640
 
 
@@ -453,7 +453,7 @@ async def test_a_link_in_place_of_a_socket_is_never_followed(name: str, rig: Mic
 async def test_a_capture_given_up_leaves_nothing(moment_s: float, rig: MicroVmRig):
     """Whenever: the work in threads ends before its owner does."""
     source = await rig.vmm.boot(rig.workload, "g1", NOBODY)
-    named = Base(base_id="b1", input_key=rig.vmm.input_key(rig.workload))
+    named = Base(base_id="b1", input_key=await rig.vmm.input_key(rig.workload))
     with suppress(TimeoutError):
         async with asyncio.timeout(moment_s):
             await rig.vmm.capture(rig.workload, source, "b1")
@@ -572,7 +572,7 @@ async def test_a_workload_that_it_cannot_run_is_refused_with_the_cure(rig: Micro
     ):
         assert words in rig.vmm.refusal(rig.of(rig.double.rootfs(), **members))
     assert "nowhere can't be read" in rig.vmm.refusal(rig.of(Path("/nowhere")))
-    assert rig.vmm.input_key(rig.of(Path("/nowhere"))) is None
+    assert await rig.vmm.input_key(rig.of(Path("/nowhere"))) is None
     rig.outfit.rules.kernel.unlink()
     assert "vmlinux can't be read" in rig.vmm.refusal(rig.workload)
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from substrate_guest.workload import Workload
 
 
+ACCEPTED = "accepted are GET /shim/healthz, /shim/ready and /shim/fingerprint, and POST /shim/restored\n"
+
+
 class Readiness:
     """Whether the workload is warm: not yet, ready, or failed for a reason that somebody may want to read."""
 
@@ -43,7 +46,7 @@ class Readiness:
 
 
 class Control:
-    """Answers `/shim/healthz`, `/shim/ready` and `/shim/restored`."""
+    """Answers `/shim/healthz`, `/shim/ready`, `/shim/restored` and `/shim/fingerprint`."""
 
     def __init__(self, workload: Workload, identities: Identities, readiness: Readiness) -> None:
         self._workload = workload
@@ -59,8 +62,12 @@ class Control:
                 await self._say_ready(exchange)
             case "POST", "/shim/restored":
                 await self._become(request, exchange)
+            case "GET", "/shim/fingerprint":
+                from substrate_guest.fingerprint import fingerprint
+
+                await exchange.reply(200, json.dumps(fingerprint()), "application/json")
             case _:
-                await exchange.reply(404, "accepted are GET /shim/healthz, GET /shim/ready and POST /shim/restored\n")
+                await exchange.reply(404, ACCEPTED)
 
     async def _say_ready(self, exchange: Exchange) -> None:
         if self._readiness.ready:

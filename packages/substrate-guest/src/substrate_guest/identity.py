@@ -196,6 +196,10 @@ def reseed(entropy: bytes) -> None:
         tls.RAND_add(entropy, float(len(entropy)))
     if temporary := loaded("tempfile"):
         vars(temporary)["_name_sequence"] = None  # made again from fresh bytes at its next use
+    if identifiers := loaded("uuid"):
+        vars(identifiers).update(_node=None, _last_timestamp=None)  # what `uuid1` remembers of this machine
+    if numbers := loaded("numpy.random"):
+        numbers.seed(list(entropy))
 
 
 def _system_certificates() -> str:

@@ -6,16 +6,8 @@ import errno
 import os
 from contextlib import suppress
 
-from substrate_guest.isolation import (
-    MS_BIND,
-    MS_NODEV,
-    MS_NOEXEC,
-    MS_NOSUID,
-    MS_RDONLY,
-    bring_loopback_up,
-    call,
-    mount,
-)
+from substrate_guest.confinement import bring_loopback_up
+from substrate_guest.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, call, mount
 
 MS_REMOUNT = 0x20
 OURS = "/run/substrate"

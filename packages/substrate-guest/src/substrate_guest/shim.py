@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
@@ -15,16 +16,16 @@ from substrate_guest.failure import describe, log
 from substrate_guest.identity import Identities, OwnKernel
 from substrate_guest.journal import AUDIT_VARIABLE, journal
 from substrate_guest.loading import NotAWorkload, load
-from substrate_guest.vsock import CONTROL_PORT, DATA_PORT, from_environ
+from substrate_guest.vsock import CONTROL_PORT, DATA_PORT, from_environ, taken_socket
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from substrate_guest.app import Request
     from substrate_guest.vsock import Vsock
     from substrate_guest.workload import Workload
 
+CAPTURE_VARIABLE = "SUBSTRATE_CAPTURE_FD"
 EXIT_PRIME_FAILED = 1
 EXIT_USAGE = 2
 TELL_S = 1.0
@@ -50,22 +51,27 @@ async def serve(workload: Workload, vsock: Vsock, *, primed: bool = False, audit
     answers = {DATA_PORT: answering(respond), CONTROL_PORT: answering(control.respond)}
     async with asyncio.TaskGroup() as duties:
         duties.create_task(vsock.serve(answers), name="vsock")
-        try:
+
+        async def begin() -> None:
             if not primed:
                 await workload.prime()
             await workload.start(duties)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, the guest cannot serve
-            await _fail(readiness, error)
-        readiness.settle()
+
+        await get_ready(readiness, begin())
     raise AssertionError("the vsock is served until the process ends")
 
 
-async def _fail(readiness: Readiness, error: BaseException) -> NoReturn:
-    log(error)
-    readiness.settle(f"the workload failed to get ready: {describe(error)}")
-    with suppress(TimeoutError):
-        await asyncio.wait_for(readiness.told.wait(), TELL_S)
-    end(EXIT_PRIME_FAILED)
+async def get_ready(readiness: Readiness, steps: Coroutine[None, None, None]) -> None:
+    """Do what it takes to be ready; the process ends when that fails, as soon as the node has heard why."""
+    try:
+        await steps
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it is, the guest cannot serve
+        log(error)
+        readiness.settle(f"the workload failed to get ready: {describe(error)}")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(readiness.told.wait(), TELL_S)
+        end(EXIT_PRIME_FAILED)
+    readiness.settle()
 
 
 def answering(
@@ -125,10 +131,17 @@ def run(make: Callable[[], Workload]) -> NoReturn:
     try:
         vsock = from_environ(os.environ)
         audit = os.environ.pop(AUDIT_VARIABLE, "") == "1"
+        capture = taken_socket(os.environ, CAPTURE_VARIABLE, socket.SOCK_SEQPACKET)
         workload = make()
     except (ValueError, OSError, NotAWorkload) as error:
         if isinstance(error, NotAWorkload) and error.__cause__ is not None:
             log(error.__cause__)  # the author's own failure, with its line
         print(f"substrate-guest: {error}", file=sys.stderr)  # noqa: T201  # the console is the guest's log
         sys.exit(EXIT_USAGE)
-    asyncio.run(serve(workload, vsock, audit=audit))
+    if capture is None:
+        asyncio.run(serve(workload, vsock, audit=audit))
+    from substrate_guest import zygote
+
+    vsock = zygote.be_cloned(workload, vsock, capture)
+    # Not `run`: what it would clear up in the end, it prepares now, and every page that is written to is copied.
+    asyncio.SelectorEventLoop().run_until_complete(serve(workload, vsock, primed=True, audit=audit))

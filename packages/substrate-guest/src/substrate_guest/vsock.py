@@ -129,8 +129,8 @@ def from_environ(environ: MutableMapping[str, str]) -> Vsock:
 
     Raises `ValueError` when a variable does not hold the descriptor that it should.
     """
-    listener = _taken(environ, LISTEN_VARIABLE, socket.SOCK_STREAM)
-    dialer = _taken(environ, DIAL_VARIABLE, socket.SOCK_SEQPACKET)
+    listener = taken_socket(environ, LISTEN_VARIABLE, socket.SOCK_STREAM)
+    dialer = taken_socket(environ, DIAL_VARIABLE, socket.SOCK_SEQPACKET)
     if listener is not None:
         return HybridVsock(listener, dialer)
     if dialer is not None:
@@ -139,7 +139,11 @@ def from_environ(environ: MutableMapping[str, str]) -> Vsock:
     return KernelVsock()
 
 
-def _taken(environ: MutableMapping[str, str], variable: str, kind: socket.SocketKind) -> socket.socket | None:
+def taken_socket(environ: MutableMapping[str, str], variable: str, kind: socket.SocketKind) -> socket.socket | None:
+    """The socket whose descriptor the host put into `variable`, which is taken away; None without one.
+
+    Raises `ValueError` for what is no Unix socket of that kind.
+    """
     value = environ.pop(variable, "")
     if not value:
         return None

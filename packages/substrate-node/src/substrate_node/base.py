@@ -9,13 +9,14 @@ from functools import partial
 from substrate_node.ledger import Lease, Ledger
 from substrate_node.ready import Contact, IdentityMint, NotReady
 from substrate_node.reaper import Reaper
-from substrate_node.vmm import Base, Vmm, VmmError
-from substrate_seam.events import BaseAdopted, BaseBuilt, BaseCondemned, BaseFailed, Emit
+from substrate_node.vmm import Base, NotCapturable, Vmm, VmmError
+from substrate_seam.events import BaseAdopted, BaseBuilt, BaseCondemned, BaseFailed, Emit, WarningRaised
 from substrate_seam.workload import Workload
 
 FAILURES_MAX = 3
 """So many restores in a row may fail before a base is replaced."""
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 1.0, 60.0
+_HOPELESS_HINT = "Have its prime hook leave nothing of the kind behind, or do without `warmBase`. Nothing else changes."
 
 
 class _Shelf:
@@ -27,6 +28,7 @@ class _Shelf:
         self.base: Base | None = None
         self.failures = 0
         self.condemned = False
+        self.hopeless = False
         self.backoff_s = _BACKOFF_S_MIN
         self.builder: asyncio.Task[object] | None = None
 
@@ -67,6 +69,11 @@ class Bases:
         shelf = self._shelves.get(key)
         return shelf.base if shelf else None
 
+    def expected(self, key: str) -> bool:
+        """Whether there is no base yet, and one may still come."""
+        shelf = self._shelves.get(key)
+        return shelf is not None and shelf.base is None and not shelf.hopeless
+
     def want(self, key: str, workload: Workload, vmm: Vmm) -> None:
         """See to it that there is a good base for `key`: adopt one that an earlier daemon left, or build one."""
         shelf = self._shelves.setdefault(key, _Shelf(vmm, workload))
@@ -93,15 +100,15 @@ class Bases:
         if shelf is not None and shelf.base is base:
             shelf.failures = 0
 
-    def failed(self, base: Base, message: str) -> None:
-        """A restore from it failed before any request was written. Enough in a row condemn it.
+    def failed(self, base: Base, message: str, *, for_good: bool = False) -> None:
+        """A restore from it failed before any request was written. Enough in a row condemn it, or one `for_good`.
 
         It keeps serving while its replacement is built beside it.
         """
         shelf = self._shelves.get(base.input_key)
         if shelf is None or shelf.base is not base:
             return  # a late failure of a base that is replaced already
-        shelf.failures += 1
+        shelf.failures += FAILURES_MAX if for_good else 1
         if shelf.failures >= FAILURES_MAX and not shelf.condemned:
             shelf.condemned = True
             self._emit(BaseCondemned(workload=shelf.workload.name, base=base.base_id, message=message))
@@ -125,7 +132,7 @@ class Bases:
                 shelf.builder.cancel()
 
     def _start_builder(self, key: str, shelf: _Shelf) -> None:
-        needed = shelf.base is None or shelf.condemned
+        needed = (shelf.base is None or shelf.condemned) and not shelf.hopeless
         if needed and shelf.builder is None and not self._stopped:
             shelf.builder = self._reaper.spawn(self._keep_building(key, shelf), what=f"build a base of {key[:12]}")
 
@@ -135,6 +142,9 @@ class Bases:
             base = None if shelf.condemned else await self._adopt(shelf)
             while base is None:
                 base = await self._build(key, shelf)
+                if shelf.hopeless:
+                    self._changed(key)
+                    return
                 if base is None:
                     await asyncio.sleep(shelf.backoff_s)
                     shelf.backoff_s = min(shelf.backoff_s * 2, _BACKOFF_S_MAX)
@@ -171,21 +181,28 @@ class Bases:
             self._told_failure(shelf, f"no {workload.spec.memory_mib} MiB of memory are free to build it in")
             return None
         began_s, guest_id = loop.time(), self._mint.guest_id()
-        named = Base(base_id="base-" + guest_id.removeprefix("inv-"), input_key=key)
+        half_made = Base(base_id="base-" + guest_id.removeprefix("inv-"), input_key=key)
         base: Base | None = None
         contact: Contact | None = None
         try:
             async with asyncio.timeout(self._build_within_s):
-                guest = await shelf.vmm.boot(workload, guest_id, {})
+                guest = await shelf.vmm.boot(workload, guest_id, {}, to_capture=True)
                 contact = Contact(guest)
                 await contact.wait_primed(workload)
-                base = await shelf.vmm.capture(workload, guest, named.base_id)
+                base = await shelf.vmm.capture(workload, guest, half_made.base_id)
+            if base.input_key != key:
+                half_made, base = base, None
+                raise VmmError("what it is made of is not what it was when it was ensured")
+        except NotCapturable as refusal:
+            shelf.hopeless = True
+            self._emit(WarningRaised(message=str(refusal), hint=_HOPELESS_HINT))
+            return None
         except (VmmError, NotReady, OSError) as error:
             why = str(error) or f"it was not ready within {self._build_within_s:.0f} s"
             self._told_failure(shelf, why + (await contact.last_words() if contact else ""))
             return None
         finally:
-            undo = self._undo(shelf.vmm, guest_id, lease, named if base is None else None)
+            undo = self._undo(shelf.vmm, guest_id, lease, half_made if base is None else None)
             self._reaper.spawn(undo, what=f"discard {guest_id}")
         self._emit(BaseBuilt(workload=workload.name, base=base.base_id, build_ms=(loop.time() - began_s) * 1e3))
         return base

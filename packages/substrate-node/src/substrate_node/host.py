@@ -109,6 +109,7 @@ async def hosted_node(
         processes = await _process_vmm(root, guest_argv, audited=journal is not None, emit=emit)
         vmms: tuple[Vmm, ...] = (processes,) if microvms is None else (microvms, processes)
         identity = NodeIdentity(node_id=settings.node_id, boot_id=boot_id, arch=settings.arch, pod_uid=settings.pod_uid)
+        held.push_async_callback(processes.aclose)
         async with LocalNode(
             identity,
             vmms=vmms,

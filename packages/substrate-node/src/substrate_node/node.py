@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ from substrate_node.pool import Pool
 from substrate_node.ready import IdentityMint
 from substrate_node.reaper import Reaper
 from substrate_node.slots import Slots
-from substrate_node.starter import Hosted, Starter
-from substrate_node.vmm import JOURNAL_PORT, Inbound, Vmm
+from substrate_node.starter import Hosted, Starter, StartFailure
+from substrate_node.vmm import JOURNAL_PORT, Guest, Inbound, Vmm
 from substrate_seam.errors import GuestFailed, GuestUnavailable, Ran, Reason
 from substrate_seam.events import (
     Emit,
@@ -81,6 +81,7 @@ class LocalNode:
         self._identity = identity
         self._vmms = vmms
         self._emit = emit
+        self._mint = mint
         self._record = record
         self._loop = loop = asyncio.get_running_loop()
         self._hosted: dict[str, Hosted] = {}
@@ -93,6 +94,7 @@ class LocalNode:
         self._draining_until_s: float | None = None
         self._closing = False
         self._drain_timer: asyncio.TimerHandle | None = None
+        self._news = asyncio.Event()  # set for a moment when there is a base, or some memory
         self._reaper = Reaper(emit=emit)
         self._ledger = Ledger(memory_mib, freed=self._memory_freed)
         clock = clock or loop.time
@@ -107,7 +109,7 @@ class LocalNode:
             starving=lambda: self._slots.starving,
             changed=self._base_changed,
         )
-        starter = Starter(
+        starter = self._starter = Starter(
             bases=self._bases,
             mint=mint,
             inbound=self._inbound,
@@ -235,23 +237,63 @@ class LocalNode:
     # Workloads.
 
     async def ensure(self, workload: Workload) -> None:
-        """Make a workload known and warm it in the background. Raises `GuestUnavailable` if this node can't run it."""
+        """Make a workload known and warm it in the background. Raises `GuestUnavailable` if this node can't run it.
+
+        One that is known is warmed anew if what its base is made of has changed.
+        """
         spec, digest = workload.spec, workload.digest
-        known = self._hosted.get(digest)
-        hosted = known or Hosted(workload, self._vmm_for(workload))
+        vmm = self._hosted[digest].vmm if digest in self._hosted else self._vmm_for(workload)
+        base_key = await vmm.input_key(workload) if spec.warm_base else None
         if digest in self._forgotten:
             self._forgotten.pop(digest).cancel()
         self._slots.configure(spec.name, concurrency=spec.concurrency, queue=spec.queue, sessioned=spec.sessioned)
-        if known is not None:
+        hosted = self._hosted.get(digest)
+        if hosted is None:
+            hosted = self._hosted[digest] = Hosted(workload, vmm)
+            self._digests_of.setdefault(spec.name, {})[digest] = None
+            self._emit(WorkloadEnsured(workload=spec.name, digest=digest))
+        elif hosted.base_key == base_key:
             return
-        self._hosted[digest] = hosted
-        self._digests_of.setdefault(spec.name, {})[digest] = None
-        if hosted.base_key is not None:
-            self._digests_on.setdefault(hosted.base_key, {})[digest] = None
-            self._bases.want(hosted.base_key, workload, hosted.vmm)
+        self._pool.drop(digest)
+        self._rebase(hosted, base_key)
         self._pool.keep(hosted)
-        self._emit(WorkloadEnsured(workload=spec.name, digest=digest))
         self._changed(digest)
+
+    def _rebase(self, hosted: Hosted, base_key: str | None) -> None:
+        """Start guests of a workload from another base, or none; one that no workload needs any more goes."""
+        digest, old = hosted.workload.digest, hosted.base_key
+        hosted.base_key = base_key
+        if base_key is not None:
+            self._digests_on.setdefault(base_key, {})[digest] = None
+            self._bases.want(base_key, hosted.workload, hosted.vmm)
+        if old is not None:
+            del self._digests_on[old][digest]
+            if not self._digests_on[old]:
+                del self._digests_on[old]
+                self._bases.drop(old)
+
+    @asynccontextmanager
+    async def restored(self, digest: str) -> AsyncIterator[Guest]:
+        """Hold a clone of a workload for the length of the block, outside of any call: to look at it, say.
+
+        Waits for the base, and for memory. Raises `StartFailure`, also for a workload that has no warm start here.
+        """
+        hosted = self._hosted[digest]
+        guest_id, mib = self._mint.guest_id(), hosted.workload.spec.memory_mib
+        while hosted.base_key is not None and self._bases.expected(hosted.base_key):
+            await self._news.wait()
+        base = self._bases.current(hosted.base_key) if hosted.base_key is not None else None
+        if base is None:
+            raise StartFailure(f"{hosted.workload.name!r} has no warm start on this node")
+        while self._slots.starving or (lease := self._ledger.reserve(mib)) is None:  # calls go first
+            await self._news.wait()
+        try:
+            yield await self._starter.start(hosted, base, guest_id)
+        finally:
+            discard = partial(hosted.vmm.discard, guest_id)
+            undo = self._reaper.insist(discard, what=f"discard {guest_id}")
+            await self._reaper.finish(undo, what=f"discard {guest_id}", within_s=math.inf)
+            lease.release()
 
     async def forget(self, digest: str) -> None:
         """Drop a workload ten minutes from now, or from the last call of it, unless someone ensures it meanwhile.
@@ -292,11 +334,7 @@ class LocalNode:
         if not self._digests_of[name]:
             del self._digests_of[name]
             self._slots.close(name)
-        if hosted.base_key is not None:
-            del self._digests_on[hosted.base_key][digest]
-            if not self._digests_on[hosted.base_key]:
-                del self._digests_on[hosted.base_key]
-                self._bases.drop(hosted.base_key)
+        self._rebase(hosted, None)
         self._emit(WorkloadDropped(workload=name, digest=digest))
         self._changed(digest)
 
@@ -418,10 +456,16 @@ class LocalNode:
         for digest in self._digests_on.get(key, ()):
             self._pool.refill(digest)
             self._changed(digest)
+        self._tell_news()
 
     def _memory_freed(self) -> None:
         self._slots.retry()
         self._pool.freed()
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        self._news.set()
+        self._news.clear()
         self._changed(None)
 
 

@@ -124,7 +124,7 @@ class Pool:
         """Start making what is missing, as far as memory allows; the rest waits for `freed`."""
         bay = self._bays.get(digest)
         while bay is not None and bay.short and bay.retry is None:
-            if bay.hosted.base_key is not None and self._bases.current(bay.hosted.base_key) is None:
+            if bay.hosted.base_key is not None and self._bases.expected(bay.hosted.base_key):
                 return  # its base is being built, and will say so
             lease = None if self._starving() else self._ledger.reserve(bay.hosted.workload.spec.memory_mib)
             if lease is None:

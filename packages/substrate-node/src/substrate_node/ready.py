@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import msgspec
 
-from substrate_node.vmm import CONTROL_PORT, DATA_PORT, Guest
+from substrate_node.vmm import CONTROL_PORT, DATA_PORT, Guest, boot_id_of
 from substrate_node.vsockhttp import Exchange, request_head
 from substrate_seam.errors import GuestFailed, SubstrateError
 from substrate_seam.workload import Workload
@@ -57,13 +57,12 @@ class IdentityMint:
 
     def identity(self, guest_id: str, *, restored: bool) -> Identity:
         """A fresh identity, with the clock as it is now."""
-        dice = self._entropy(16).hex()
         return Identity(
             epoch_ns=self._wall_ns(),
             entropy_b64=base64.b64encode(self._entropy(64)).decode(),
             guest_id=guest_id,
             hostname=guest_id,
-            boot_id=f"{dice[:8]}-{dice[8:12]}-4{dice[13:16]}-8{dice[17:20]}-{dice[20:]}",
+            boot_id=boot_id_of(guest_id),
             restored=restored,
         )
 
@@ -116,6 +115,13 @@ class Contact:
         """Wait until a guest that is to be captured is warm: the first 200 of its ready path. Raises `NotReady`."""
         foreign = workload.spec.guest == "go-shim" or workload.spec.ready_path != "/shim/ready"
         await self._until_ok(DATA_PORT if foreign else CONTROL_PORT, workload.spec.ready_path)
+
+    async def told(self, path: str) -> bytes:
+        """What the guest answers on its control port. Raises `NotReady` if it is not a 200, and `OSError`."""
+        status, answer = await self._ask(CONTROL_PORT, "GET", path)
+        if status != 200:
+            raise NotReady(f"{path} answered {status}: {answer[:512].decode('utf-8', 'replace')}")
+        return answer
 
     async def _until_ok(self, port: int, path: str, *, cap_s: float = ATTEMPT_CAP_S) -> None:
         """Ask until the answer is 200: short attempts, short pauses, and an end as soon as the guest dies.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from substrate_node.base import Bases
 from substrate_node.ready import Contact, IdentityMint, NotReady
-from substrate_node.vmm import Base, Guest, Inbound, Vmm, VmmError
+from substrate_node.vmm import Base, BaseGone, Guest, Inbound, Vmm, VmmError
 from substrate_seam.workload import Workload
 
 
@@ -19,7 +19,7 @@ class Hosted:
     def __init__(self, workload: Workload, vmm: Vmm) -> None:
         self.workload = workload
         self.vmm = vmm
-        self.base_key = vmm.input_key(workload) if workload.spec.warm_base else None
+        self.base_key: str | None = None
 
 
 class StartFailure(Exception):
@@ -55,7 +55,7 @@ class Starter:
         try:
             guest = await self._start(hosted, base, guest_id, self._restore_within_s)
         except StartFailure as failure:
-            self._bases.failed(base, str(failure))
+            self._bases.failed(base, str(failure), for_good=isinstance(failure.__cause__, BaseGone))
             raise
         finally:
             self._bases.release(base)

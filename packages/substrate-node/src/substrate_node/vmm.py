@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -28,6 +29,17 @@ class VmmError(Exception):
 
     Whatever the verb had begun is undone by `discard`.
     """
+
+
+class NotCapturable(VmmError):
+    """The workload is of a kind that no base can be made of; the message says what it holds against that.
+
+    Trying again is of no use.
+    """
+
+
+class BaseGone(VmmError):
+    """Nothing will ever be restored from the base again."""
 
 
 class Exit(Struct, frozen=True):
@@ -91,6 +103,12 @@ class Base(Struct, frozen=True, kw_only=True):
     directory: Path | None = None
 
 
+def boot_id_of(guest_id: str) -> str:
+    """The boot id of a guest: made of its id, which no other guest has, so that all who tell it say the same."""
+    digits = sha256(b"boot id of " + guest_id.encode()).hexdigest()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:32]}"
+
+
 class Vmm(Protocol):
     """Makes guests of one kind. Ids are chosen by the caller, so that every undo can be named in advance."""
 
@@ -111,18 +129,22 @@ class Vmm(Protocol):
         """Why this monitor can't run the workload on this host, and what would help; None if it can."""
         ...
 
-    def input_key(self, workload: Workload) -> str | None:
+    async def input_key(self, workload: Workload) -> str | None:
         """What a base of this workload is made of, as a digest of contents; None if it has no warm start."""
         ...
 
-    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound) -> Guest:
-        """Start a guest cold. It runs when this returns, but need not serve yet. Raises `VmmError`."""
+    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound, *, to_capture: bool = False) -> Guest:
+        """Start a guest cold. It runs when this returns, but need not serve yet. Raises `VmmError`.
+
+        One that is started `to_capture` need not serve requests at all.
+        """
         ...
 
     async def capture(self, workload: Workload, guest: Guest, base_id: str) -> Base:
-        """Make a base of a ready guest. The guest is used up: it must be discarded whatever comes of this.
+        """Make a base of a ready guest that was started to be captured.
 
-        The base is published whole or not at all. Raises `VmmError`.
+        The guest is used up: it must be discarded whatever comes of this. The base is published whole or not at all.
+        Raises `VmmError`, and `NotCapturable` where every other guest of the workload would fail too.
         """
         ...
 
@@ -131,7 +153,7 @@ class Vmm(Protocol):
         ...
 
     async def restore(self, workload: Workload, base: Base, guest_id: str, inbound: Inbound) -> Guest:
-        """Start a guest from a base. It does not know yet that it is a clone. Raises `VmmError`."""
+        """Start a guest from a base. It does not know yet that it is a clone. Raises `VmmError`, and `BaseGone`."""
         ...
 
     async def discard(self, guest_id: str) -> None:

@@ -90,13 +90,13 @@ class FirecrackerVmm:
                 return unreadable(file)
         return self._outfit.release.objection()
 
-    def input_key(self, workload: Workload) -> str | None:
+    async def input_key(self, workload: Workload) -> str | None:
         """See `Vmm.input_key`; reads a little of each file. None also when one can't be read."""
         inputs = self._inputs(workload.spec)
         return inputs.key if inputs is not None else None
 
-    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound) -> Guest:
-        """See `Vmm.boot`."""
+    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound, *, to_capture: bool = False) -> Guest:
+        """See `Vmm.boot`; every guest can be captured."""
         spec, rules = workload.spec, self._outfit.rules
         refusal = self.refusal(workload)
         if refusal is not None:

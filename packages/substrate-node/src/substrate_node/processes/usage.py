@@ -10,17 +10,17 @@ from substrate_node.vmm import Sample
 _MS_PER_TICK = 1000 / os.sysconf("SC_CLK_TCK")
 
 
-def sampled(first: int) -> Sample:
+def sampled(first: int, *, first_is_ours: bool = True) -> Sample:
     """CPU time of the guest whose first process is `first`, and its peak memory.
 
     Counts user and system time of each living process and of the children that each has reaped; orphans are reaped by
-    `first`. Memory is the sum of the resident peaks of the living processes but the first, which is ours: pages that
-    they share count more than once, and what has ended does not count.
+    `first`. Memory is the sum of the resident peaks of the living processes, without the first where that is ours:
+    pages that they share count more than once, and what has ended does not count.
     """
     try:
         descendants = _descendants(first)
         cpu_ticks = sum(map(_cpu_ticks, [first, *descendants]))
-        peak_kib = sum(map(_peak_kib, descendants))
+        peak_kib = sum(map(_peak_kib, descendants if first_is_ours else [first, *descendants]))
     except (OSError, ValueError, IndexError):  # it ended while we looked
         return Sample(cpu_ms=None, peak_mib=None)
     return Sample(cpu_ms=cpu_ticks * _MS_PER_TICK, peak_mib=peak_kib / 1024 if peak_kib else None)

@@ -16,16 +16,31 @@ MEASURES = {
     "ipc-namespace": "no shared memory or message queues of the host",
     "uts-namespace": "a host name of its own",
     "cgroup-namespace": "sees no control groups of the host",
+    "own-boot-id": "a boot id of its own",
     "unprivileged-user": "not root outside",
     "no-nested-namespaces": "cannot make namespaces to gain capabilities in",
     "no-capabilities": "no capabilities, and none to get",
     "no-new-privileges": "no gain from set-user-id programs",
     "system-call-filter": "none of the kernel's darker corners: keys, BPF, io_uring, devices of the host's network",
     "resource-limits": "bounded descriptors and processes, no core dumps",
+    "control-group": "memory, processes and CPU that are bounded, with all that it starts",
     "first-to-die": "the kernel kills it before the daemon when memory runs out",
     "dies-with-daemon": "ends when the daemon does, however that ends",
+    "warm-start": "may be the clone of a primed process, in namespaces of its own, instead of a start from nothing",
 }
 """Every measure by name, and what it gives the guest."""
+
+WARM_START, MEMORY_BOUND = "warm-start", "control-group"
+NOT_OF_ZYGOTES = frozenset({WARM_START, "own-boot-id", "no-nested-namespaces"})
+"""What a process that is cloned does without, and its clones have."""
+WARM_START_RESTS_ON = frozenset(
+    {
+        *("user-namespace", "mount-namespace", "private-files", "pid-namespace", "own-proc", "own-boot-id"),
+        *("network-namespace", "ipc-namespace", "uts-namespace", "no-nested-namespaces", "no-capabilities"),
+        *("no-new-privileges", "system-call-filter", "resource-limits", "dies-with-daemon"),
+    }
+)
+"""What each clone has: without one of these, what a clone is could not be said in one word."""
 
 HINTS = {
     "user-namespace": "allow them: sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_"
@@ -33,6 +48,9 @@ HINTS = {
     "own-proc": "in a container, run it with an unmasked /proc (Docker: --security-opt systempaths=unconfined)",
     "private-files": "needs Linux 5.12 or later",
     "no-nested-namespaces": "needs own-proc",
+    "own-boot-id": "needs own-proc",
+    "control-group": "run the daemon as root, or with a delegated group of version 2 that has memory and pids; until "
+    "then a guest may take what memory there is",
 }
 """What helps most often when a measure can't be applied."""
 
@@ -72,8 +90,17 @@ class IsolationReport(Struct, frozen=True):
         """The measures that this host does not allow."""
         return tuple(measure for measure in self.measures if not measure.applied)
 
+    @property
+    def facts(self) -> list[dict[str, object]]:
+        """The same for programs: a row for each measure."""
+        return [
+            {"measure": each.name, "gives": each.gives, "applied": each.applied, "why_not": each.why_not}
+            | ({"hint": each.hint} if each.hint else {})
+            for each in self.measures
+        ]
+
     def __str__(self) -> str:
-        return "\n".join(map(str, self.measures))
+        return "\n".join(["What keeps process guests from this host:", *map(str, self.measures)])
 
 
 def reported(outcomes: Mapping[str, str]) -> IsolationReport:

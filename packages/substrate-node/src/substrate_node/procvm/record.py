@@ -38,7 +38,7 @@ class RunDirectory:
 
     def make(self) -> socket.socket:
         """Make the directory (0700) and listen on `v.sock` (0600) in it. Raises `OSError`."""
-        self.path.mkdir(mode=0o700)
+        self.make_without_socket()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with self.address() as address:
@@ -49,6 +49,10 @@ class RunDirectory:
             listener.close()
             raise
         return listener
+
+    def make_without_socket(self) -> None:
+        """Make the directory (0700), for a process that nobody connects to. Raises `OSError`."""
+        self.path.mkdir(mode=0o700)
 
     def address(self) -> AbstractContextManager[str]:
         """An address of `v.sock` that fits into a socket address, good within the block."""

@@ -5,30 +5,35 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 MESSAGE_BYTES_MAX = 65_536
+BATCH = 32
+PAUSE_S = 0.001
+"""The loop's rest after `BATCH` messages: whoever floods us with them waits, not the daemon."""
 MESSAGES_MAX = 64
-"""A launcher says a handful of things; whoever says more is not heard to the end."""
+"""A launcher says a handful of things; of whoever says more, no more is kept."""
 
 
 class Reports:
     """Messages of tab-separated fields over `sock`, a SEQPACKET socket which it owns.
 
     What was said before the end can still be heard after it, so that a guest that ends at once was up none the less.
+    `on_end` hears, at once, the pid and the wait status of whatever the first process has reaped and tells of.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, on_end: Callable[[int, int], None]) -> None:
         sock.settimeout(0)
-        self.status: int | None = None
-        """The wait status of the command, which the first process can tell but, as such, not always end with."""
         self._sock = sock
+        self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._unheard: deque[str] = deque()
-        self._count = 0
+        self._kept = 0
         self._changed = asyncio.Event()
         self._ended = False
-        self._loop.add_reader(sock, self._on_readable)
+        self._pause: asyncio.TimerHandle | None = None
+        self._listen()
 
     def send(self, message: bytes) -> None:
         """Say something; raises `OSError` when nobody is left to hear it."""
@@ -50,33 +55,45 @@ class Reports:
             self._end()
         self._sock.close()
 
+    def _listen(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._sock, self._on_readable)
+
     def _on_readable(self) -> None:
         try:
-            if not self._read():
-                self._end()
+            for _ in range(BATCH):
+                if not self._read():
+                    self._end()
+                    return
         except BlockingIOError:
             return
-        self._changed.set()
+        self._loop.remove_reader(self._sock)
+        self._pause = self._loop.call_later(PAUSE_S, self._listen)
 
     def _read(self) -> bool:
-        """Take one message; false if there will be no more, or too many were said. Raises `BlockingIOError`."""
+        """Take one message; false if there will be no more. Raises `BlockingIOError`."""
         try:
             message = self._sock.recv(MESSAGE_BYTES_MAX)
         except ConnectionResetError:  # it ended without hearing us out
             return False
-        if not message or self._count >= MESSAGES_MAX:
-            return False
-        self._count += 1
-        self._take(message.decode(errors="replace"))
-        return True
+        if message:
+            self._take(message.decode(errors="replace"))
+        return bool(message)
 
     def _end(self) -> None:
         self._ended = True
         self._loop.remove_reader(self._sock)
+        if self._pause is not None:
+            self._pause.cancel()
         self._changed.set()
 
     def _take(self, message: str) -> None:
         kind, _, rest = message.partition("\t")
-        if kind == "ended" and rest.isdigit():
-            self.status = int(rest)
-        self._unheard.append(message)
+        if kind == "ended":
+            status, _, pid = rest.partition("\t")
+            if status.isdigit() and pid.isdigit():
+                self._on_end(int(pid), int(status))
+        elif self._kept < MESSAGES_MAX:
+            self._kept += 1
+            self._unheard.append(message)
+            self._changed.set()

@@ -1,0 +1,27 @@
+"""The control group of one guest, on a host where guests have some."""
+
+from __future__ import annotations
+
+from substrate_node.offloop import off_loop
+from substrate_node.processes.cgroups import ControlGroups
+
+
+class GuestGroup:
+    """The group of a guest in `groups`; without those, its methods do nothing. They raise `OSError`."""
+
+    def __init__(self, groups: ControlGroups | None, guest_id: str, *, memory_mib: int, cpus: int) -> None:
+        self._groups = groups
+        self._guest_id = guest_id
+        self._memory_mib = memory_mib
+        self._cpus = cpus
+
+    async def enter(self, pid: int) -> None:
+        """Make it and have the guest's first process in it. Away from the loop: the kernel takes its time."""
+        if self._groups is not None:
+            await off_loop(self._groups.hold, self._guest_id, memory_mib=self._memory_mib, cpus=self._cpus)
+            await off_loop(self._groups.enter, self._guest_id, pid)
+
+    def remove(self) -> None:
+        """Leave nothing of it, once the guest is dead. Removing what is not there succeeds."""
+        if self._groups is not None:
+            self._groups.remove(self._guest_id)

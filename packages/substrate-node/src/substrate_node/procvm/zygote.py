@@ -1,0 +1,117 @@
+"""The process behind a warm base, and the clones that were made of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+from substrate_node.procvm.clone import Clone
+from substrate_node.procvm.launch import Launch
+from substrate_node.procvm.record import RunDirectory
+from substrate_node.procvm.wire import ZygoteWire
+
+_EARLY_MAX = 64
+
+
+class Zygote:
+    """A captured process that is cloned on demand. Its clones are its siblings: they outlive it, not the daemon.
+
+    Once its `wire` is lost, it can't be cloned any more. `retire` ends it; with the last clone, nothing of it is left.
+    """
+
+    def __init__(self, launch: Launch, wire: ZygoteWire, directory: RunDirectory) -> None:
+        self.wire = wire
+        self._launch = launch
+        self._directory = directory
+        self._retired = False
+        self._clones: set[Clone] = set()
+        self._ends: dict[int, asyncio.Future[int | None]] = {}  # of living clones, by the pid that the zygote knows
+        self._early: dict[int, int] = {}  # the last that ended before they were known
+        wire.on_lost = self._lose
+        launch.on_child_end = self._on_child_end
+        launch.family.ended.add_done_callback(self._on_end)
+        if wire.lost:
+            self._lose()
+
+    def record(self) -> None:
+        """Note which process it is, for a later daemon. Raises `OSError`."""
+        assert self._launch.pid is not None
+        self._directory.make_without_socket()
+        self._directory.record(self._launch.pid)
+
+    def adopt(self, clone: Clone) -> None:
+        """Answer for a clone from before it is made until it is let go."""
+        self._clones.add(clone)
+
+    async def let_go(self, clone: Clone) -> None:
+        """Hear that nothing is left of a clone; may be repeated."""
+        self._clones.discard(clone)
+        await self._leave_nothing_unless_needed()
+
+    async def retire(self) -> None:
+        """Make no more clones, and leave nothing of it; while clones live, that is left to the last of them."""
+        self._retired = True
+        self.wire.close()
+        await self._leave_nothing_unless_needed()
+
+    def status(self, inner_pid: int) -> asyncio.Future[int | None]:
+        """The wait status of a clone, once it is told; None if it won't be."""
+        ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        if inner_pid in self._early:
+            ended.set_result(self._early.pop(inner_pid))
+        elif self._launch.family.ended.done():
+            ended.set_result(None)
+        else:
+            self._ends[inner_pid] = ended
+        return ended
+
+    async def _leave_nothing_unless_needed(self) -> None:
+        if self._retired and not self._clones:
+            self._launch.family.kill()
+            await asyncio.wait({self._launch.family.gone})
+            self._launch.group.remove()
+            self._directory.remove()
+
+    def _on_child_end(self, pid: int, status: int) -> None:
+        if pid == self._launch.command:
+            self.wire.close()  # a child of the zygote may hold the other end open
+            return
+        ended = self._ends.pop(pid, None)
+        if ended is not None:
+            ended.set_result(status)
+            return
+        self._early[pid] = status
+        if len(self._early) > _EARLY_MAX:
+            del self._early[next(iter(self._early))]
+
+    def _on_end(self, _: asyncio.Future[int]) -> None:
+        """Even its first process is dead, and with it all of its clones."""
+        self._launch.hear_no_more()
+        self.wire.close()
+        for ended in self._ends.values():
+            ended.set_result(None)
+        self._ends.clear()
+
+    def _lose(self) -> None:
+        """Kill the zygote, what its workload started, and clones that it made and had no time to tell of."""
+        first = self._launch.pid
+        if first is None or self._launch.family.ended.done():
+            return
+        with suppress(OSError):
+            children = Path(f"/proc/{first}/task/{first}/children").read_bytes().split()
+            for child in set(map(int, children)) - {clone.pid for clone in self._clones}:
+                _kill_child(child, first)
+
+
+def _kill_child(pid: int, parent: int) -> None:
+    """Kill a process if it is a child of `parent`, and not another that has got its number."""
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1]) == parent:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
