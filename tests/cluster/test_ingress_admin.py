@@ -22,13 +22,14 @@ class OneToken:
         return "operator"
 
 
-def admin(*, reasons=(), authenticator=None, journal=None):
+def admin(*, reasons=(), authenticator=None, journal=None, host=None):
     stories = {"a" * 32: {"events": [InvocationFenced(invocation_id="a" * 32, ran="no")]}}
     return admin_app(
         ready=lambda: list(reasons),
         metrics=lambda: b"substrate_calls_total 1\n",
         story=stories.get,
         journal=journal,
+        host=host,
         authenticator=authenticator,
         allowed_hosts={"localhost"},
         mint_id=lambda: "e" * 32,
@@ -52,6 +53,13 @@ async def test_a_ready_daemon_says_so():
     assert (answer.status, answer.text) == (200, "ok\n")
     answer = await get(admin(), "/readyz", fields=[("accept", "application/json")])
     assert (answer.status, answer.json) == (200, {"ready": True, "reasons": []})
+
+
+async def test_readiness_tells_what_guests_get_from_the_host():
+    host = ("no network", [{"measure": "network", "applied": True}])
+    assert (await get(admin(host=host), "/readyz")).text == "ok\n\nno network\n"
+    answer = await get(admin(host=host), "/readyz", fields=[("accept", "application/json")])
+    assert answer.json == {"ready": True, "reasons": [], "isolation": host[1]}
 
 
 async def test_metrics_are_in_the_form_that_prometheus_reads():

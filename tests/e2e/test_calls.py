@@ -209,4 +209,7 @@ async def test_metrics_and_probes_answer_on_the_admin_listener(running):
         metrics = await running.client.get(process.admin_url + "/metrics")
         assert "substrate_" in metrics.text
         assert (await running.client.get(process.admin_url + "/healthz")).text == "ok\n"
-        assert (await running.client.get(process.admin_url + "/readyz")).text == "ok\n"
+        ready = (await running.client.get(process.admin_url + "/readyz")).text
+        assert ready.startswith("ok\n")
+        has_guests = process is running.node
+        assert ("no network but its own loopback" in ready) == has_guests

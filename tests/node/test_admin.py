@@ -46,6 +46,15 @@ async def test_readiness_says_why_not():
     assert await ask(app(ready=lambda: ["stopping", "full"]), "/readyz") == (503, b"stopping\nfull\n")
 
 
+async def test_readiness_tells_what_guests_get_from_the_host():
+    """In words for people, and as rows for programs."""
+    asked = app(host=("no network", [{"measure": "network", "applied": True}]))
+    assert await ask(asked, "/readyz") == (200, b"ok\n\nno network\n")
+    status, body = await ask(asked, "/readyz", headers=[*HERE, (b"accept", b"application/json")])
+    rows = [{"measure": "network", "applied": True}]
+    assert (status, json.loads(body)) == (200, {"ready": True, "reasons": [], "isolation": rows})
+
+
 @pytest.mark.parametrize(
     ("client", "headers"),
     [

@@ -47,6 +47,7 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
                 metrics=observed.metrics.exposition,
                 story=observed.stories.story,
                 journal=host.journal.entries if host.journal is not None else None,
+                host=(str(host.isolation), host.isolation.facts),
             ),
             dice=SystemRandom(),
             stopping=stopping.requested.is_set,
@@ -61,7 +62,7 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
                     refusal=head_refusals(mint_id=mint_id, emit=emit),
                     emit=emit,
                 ),
-                duties=Duties(reload=plane.reload, drain=host.drain, announce=_announcer(settings)),
+                duties=Duties(reload=plane.reload, drain=host.drain, announce=_announcer(settings, host)),
                 drain_within_s=plane.drain_within_s,
             )
 
@@ -88,8 +89,11 @@ async def _refuse_unrunnable(catalog: Catalog, host: HostedNode) -> None:
         raise CannotServe("\n  ".join(["some workloads can't run here:", *refusals]))
 
 
-def _announcer(settings: Settings) -> Callable[[list[Address]], None]:
-    """With nothing configured somebody is trying this out: tell them how to call it."""
+def _announcer(settings: Settings, host: HostedNode) -> Callable[[list[Address]], None]:
+    """With nothing configured somebody is trying this out: tell them how to call it, and what guests are given here.
+
+    Others find that at `/readyz` of the admin listener.
+    """
     trying_out = settings.front.workloads is None and settings.front.workloads_file is None
 
     def announce(addresses: list[Address]) -> None:
@@ -100,6 +104,7 @@ def _announcer(settings: Settings) -> Callable[[list[Address]], None]:
                 curl, url = f"curl --unix-socket {public.path}", "http://localhost"
             if settings.front.tokens_file is not None:
                 curl += ' -H "Authorization: Bearer $token"'
+            print(host.isolation, end="\n\n", file=sys.stderr)
             print(builtin.WELCOME.format(curl=curl, url=url, admin=admin), file=sys.stderr)
 
     return announce

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -48,7 +49,7 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
                 emit=emit,
                 tls=context,
             ),
-            duties=Duties(reload=_nothing_to_reload, drain=drain),
+            duties=Duties(reload=_nothing_to_reload, drain=drain, announce=lambda _: _tell_person(host)),
             drain_within_s=settings.drain_within_s,
         )
 
@@ -62,7 +63,14 @@ def _admin(observed: Observed, host: HostedNode, stopping: Stopping) -> AdminApp
         metrics=observed.metrics.exposition,
         story=observed.stories.story,
         journal=host.journal.entries if host.journal is not None else None,
+        host=(str(host.isolation), host.isolation.facts),
     )
+
+
+def _tell_person(host: HostedNode) -> None:
+    """Whoever starts it by hand sees what guests are given here; others find it at the admin listener's `/readyz`."""
+    if sys.stderr.isatty():
+        print(host.isolation, file=sys.stderr)
 
 
 async def _nothing_to_reload() -> None:

@@ -56,12 +56,16 @@ class FrontSettings(Protocol):
 
 
 class Observers(Struct, frozen=True, kw_only=True):
-    """What the daemon around the plane knows: its metrics, the story of an invocation, the audit journal if kept."""
+    """What the daemon around the plane knows: its metrics, the story of an invocation, the audit journal if kept.
+
+    `host` is what guests get from its host, in words and as something that can be JSON, if it is a node too.
+    """
 
     emit: Emit
     metrics: Callable[[], bytes]
     story: Callable[[str], object | None]
     journal: Callable[[], list[str]] | None = None
+    host: tuple[str, object] | None = None
 
 
 class ControlPlane:
@@ -169,6 +173,7 @@ async def control_plane(
         metrics=observers.metrics,
         story=observers.story,
         journal=observers.journal,
+        host=observers.host,
         authenticator=operators,
         allowed_hosts=front.allowed_hosts or default_hosts(str(front.admin_listen)),
         mint_id=mint_id,

@@ -20,7 +20,8 @@ class AdminApp:
     """An ASGI application for probes, which anybody may ask, and for operators: whoever calls from this machine.
 
     `ready` says why the node takes no calls (nothing when it does), `metrics` gives the Prometheus text, `story` what
-    is known of an invocation or None, `journal` the entries of the audit journal if one is kept.
+    is known of an invocation or None, `journal` the entries of the audit journal if one is kept. `host` is what guests
+    get from this host, in words and as something that can be JSON.
     """
 
     def __init__(
@@ -30,7 +31,9 @@ class AdminApp:
         metrics: Callable[[], bytes],
         story: Callable[[str], object | None],
         journal: Callable[[], list[str]] | None,
+        host: tuple[str, object] | None = None,
     ) -> None:
+        self._host = host
         self._ready = ready
         self._story = story
         self._journal = journal
@@ -50,11 +53,19 @@ class AdminApp:
         if path == "/healthz":
             return 200, _TEXT, b"ok\n"
         if path == "/readyz":
-            reasons = self._ready()
-            return (503 if reasons else 200), _TEXT, ("\n".join(reasons or ["ok"]) + "\n").encode()
+            return self._readiness(scope)
         if not _is_operator(scope):
             return 403, _TEXT, b"forbidden: this is for callers on this machine, under its own name\n"
         return self._tell(path)
+
+    def _readiness(self, scope: Scope) -> tuple[int, bytes, bytes]:
+        reasons = self._ready()
+        status = 503 if reasons else 200
+        if any(name == b"accept" and b"application/json" in value for name, value in scope["headers"]):
+            facts = {"ready": not reasons, "reasons": reasons}
+            return status, _JSON, msgspec.json.encode(facts | ({"isolation": self._host[1]} if self._host else {}))
+        text = "\n".join(reasons or ["ok"]) + "\n" + (f"\n{self._host[0]}\n" if self._host else "")
+        return status, _TEXT, text.encode()
 
     def _tell(self, path: str) -> tuple[int, bytes, bytes]:
         if path == "/metrics":

@@ -14,7 +14,7 @@ from msgspec import Struct
 from substrate_node.fcvm import DEFAULT_BOOT_ARGS, FirecrackerVmm, MicroVmRules, outfitted, sweep_orphans
 from substrate_node.memory import default_memory_mib
 from substrate_node.node import LocalNode, NodeIdentity, NodeTimes
-from substrate_node.procvm import ProcessVmm
+from substrate_node.procvm import IsolationReport, ProcessVmm
 from substrate_node.ready import IdentityMint
 from substrate_node.state import StateRoot, default_state_root, locked_state_root
 from substrate_node.vmm import Orphan, Vmm
@@ -59,10 +59,14 @@ class NodeSettings(Protocol):
 
 
 class HostedNode(Struct, frozen=True, kw_only=True):
-    """A node that runs, the monitors it has, and the entries of its audit journal (None: none is kept)."""
+    """A node that runs, the monitors it has, and the entries of its audit journal (None: none is kept).
+
+    `isolation` says what keeps process guests from this host.
+    """
 
     node: LocalNode
     vmms: tuple[Vmm, ...]
+    isolation: IsolationReport
     journal: JournalFile | None
 
     async def drain(self, within_s: float) -> None:
@@ -120,7 +124,8 @@ async def hosted_node(
             record=journal.record if journal is not None else None,
             clock=time.monotonic,  # uvloop's clock stands still for a millisecond
         ) as node:
-            yield HostedNode(node=node, vmms=vmms, journal=journal)
+            isolation = await processes.probe()
+            yield HostedNode(node=node, vmms=vmms, isolation=isolation, journal=journal)
 
 
 def _open_journal(path: Path | None, files: ExitStack) -> JournalFile | None:

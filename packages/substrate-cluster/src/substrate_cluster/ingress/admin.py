@@ -30,6 +30,7 @@ def admin_app(
     metrics: Callable[[], bytes],
     story: Callable[[str], object | None],
     journal: Callable[[], list[str]] | None = None,
+    host: tuple[str, object] | None = None,
     authenticator: Authenticator | None,
     allowed_hosts: Collection[str],
     mint_id: Callable[[], str],
@@ -39,7 +40,8 @@ def admin_app(
 
     Without an `authenticator` an operator is whoever calls from this machine. `metrics` gives the Prometheus text,
     `story` what is known of an invocation as something that can be JSON, or None; `journal` the lines `id attempt` that
-    guests wrote before they acted, where a journal is kept.
+    guests wrote before they acted, where a journal is kept; `host` what guests get from this host, in words and as
+    something that can be JSON, where it has guests.
     """
     hosts = HostRule(allowed_hosts)
 
@@ -65,10 +67,11 @@ def admin_app(
         reasons = ready()
         status = 503 if reasons else 200
         if wants_json(exchange.scope["headers"]):
-            body = msgspec.json.encode({"ready": not reasons, "reasons": reasons})
-            await exchange.answer(status, _JSON, body)
+            facts = {"ready": not reasons, "reasons": reasons} | ({"isolation": host[1]} if host else {})
+            await exchange.answer(status, _JSON, msgspec.json.encode(facts))
         else:
-            await exchange.answer(status, TEXT, ("\n".join(reasons or ["ok"]) + "\n").encode())
+            text = "\n".join(reasons or ["ok"]) + "\n" + (f"\n{host[0]}\n" if host else "")
+            await exchange.answer(status, TEXT, text.encode())
 
     async def told_story(exchange: Exchange) -> None:
         invocation_id = exchange.scope["path"].removeprefix(_STORIES)
