@@ -48,6 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--host", action="store_true", help="also check what the table names on this machine")
     check.set_defaults(run=_check)
 
+    doctor = verbs.add_parser(
+        "doctor",
+        help="look at this machine: which guests it can run with the settings there are, and what to do otherwise",
+        description="Exit status: 0 for all guests, 3 for process guests only, 4 for microVMs only, 1 for none.",
+    )
+    doctor.add_argument("--json", action="store_true", help="for a program to read")
+    doctor.set_defaults(run=_doctor)
+
     invoke = verbs.add_parser("invoke", help="call a workload and show where the time went")
     invoke.add_argument("workload")
     invoke.add_argument("session", nargs="?")
@@ -102,6 +110,12 @@ def _check(chosen: argparse.Namespace) -> int:
     from fc_invoke.checking import check
 
     return check(chosen.file, host=chosen.host)
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    from fc_invoke.doctor import doctor
+
+    return doctor(os.environ, as_json=chosen.json)
 
 
 def _invoke(chosen: argparse.Namespace) -> int:

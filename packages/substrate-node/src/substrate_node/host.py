@@ -108,7 +108,7 @@ async def hosted_node(
         root = files.enter_context(locked_state_root(place, boot_id=boot_id, setting=f"{prefix}STATE_ROOT"))
         journal = _open_journal(settings.audit_journal, files)
         microvms = await _firecracker_vmm(
-            _microvm_rules(settings, daemon, audited=journal is not None), root, held, emit=emit
+            microvm_rules(settings, daemon, audited=journal is not None), root, held, emit=emit
         )
         processes = await _process_vmm(root, guest_argv, audited=journal is not None, emit=emit)
         vmms: tuple[Vmm, ...] = (processes,) if microvms is None else (microvms, processes)
@@ -132,7 +132,8 @@ def _open_journal(path: Path | None, files: ExitStack) -> JournalFile | None:
     return JournalFile(files.enter_context(path.open("a"))) if path is not None else None
 
 
-def _microvm_rules(settings: NodeSettings, daemon: str, *, audited: bool) -> MicroVmRules:
+def microvm_rules(settings: NodeSettings, daemon: str, *, audited: bool) -> MicroVmRules:
+    """How the settings of a daemon of that name want microVMs to be made."""
     return MicroVmRules(
         firecracker=settings.firecracker_bin,
         kernel=settings.kernel_image,

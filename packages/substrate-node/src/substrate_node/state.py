@@ -55,7 +55,7 @@ def locked_state_root(path: Path, *, boot_id: str, setting: str) -> Iterator[Sta
     with ExitStack() as undo:
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _refuse_shared(path, setting)
+            refuse_shared(path, setting)
             lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             undo.callback(os.close, lock)  # which unlocks; the file stays, or two daemons could lock two of one name
             _take(lock, path, setting)
@@ -67,7 +67,8 @@ def locked_state_root(path: Path, *, boot_id: str, setting: str) -> Iterator[Sta
         yield StateRoot(path=path, boot_id=boot_id)
 
 
-def _refuse_shared(path: Path, setting: str) -> None:
+def refuse_shared(path: Path, setting: str) -> None:
+    """Raise `StateRootUnusable` if a directory is another user's or open to others."""
     found = path.stat()
     if found.st_uid != os.geteuid():
         raise StateRootUnusable(f"{setting}: {path} belongs to uid {found.st_uid}, not to us. Choose another.")

@@ -51,6 +51,11 @@ class MicroVmRules(Struct, frozen=True, kw_only=True):
     oom_score_adj: int = 1000
     kvm: Path = KVM
 
+    @property
+    def jailer_program(self) -> Path:
+        """Where the jailer is."""
+        return self.jailer or self.firecracker.with_name("jailer")
+
     def possible(self) -> bool:
         """Whether this machine could have microVMs at all."""
         return os.access(self.firecracker, os.X_OK) and os.access(self.kvm, os.R_OK | os.W_OK)
@@ -126,12 +131,12 @@ async def outfitted(rules: MicroVmRules) -> AsyncIterator[Outfit]:
     Raises `VmmError`: Firecracker, or the jail that was asked for, can't be had.
     """
     with ExitStack() as kept:
-        release = Release.parse(await _answer(rules.firecracker, "--version"))
+        release = await _release(rules.firecracker)
         warnings: list[str] = []
         yield Outfit(
             rules=rules,
             release=release,
-            snapshot_format=(await _answer(rules.firecracker, "--snapshot-version")).split()[0],
+            snapshot_format=(await answer(rules.firecracker, "--snapshot-version")).split()[0],
             cpu=_cpu(),
             host_kernel=platform.release(),
             jail=await _possible_jail(rules, release, kept, warnings),
@@ -151,31 +156,58 @@ async def _possible_jail(rules: MicroVmRules, release: Release, kept: ExitStack,
         return None
 
 
-async def _jail(rules: MicroVmRules, release: Release, kept: ExitStack, warnings: list[str]) -> Jail:
-    jailer = rules.jailer or rules.firecracker.with_name("jailer")
+async def jail_objections(rules: MicroVmRules, release: Release | None) -> list[str]:
+    """Everything that keeps microVMs of a release from being jailed here; changes nothing."""
     if os.geteuid() != 0:
-        raise NoJail("only root can jail them")
+        return ["only root can jail them"]
+    objections = []
+    jailer = rules.jailer_program
+    wanted = f"Firecracker {release}" if release is not None else "Firecracker"
     if not os.access(jailer, os.X_OK):
-        raise NoJail(f"there is no {jailer}: install the jailer of Firecracker {release} there")
+        objections.append(f"there is no {jailer}: install the jailer of {wanted} there")
+    elif release is not None:
+        objections += await _other_release(jailer, release)
     if not users_exist():
-        raise NoJail("this user namespace has too few users to give each guest its own")
-    said = Release.parse(await _answer(jailer, "--version"))
-    if said != release:
-        raise NoJail(f"the jailer is of release {said}, Firecracker of {release}: install one release of both")
+        objections.append("this user namespace has too few users to give each guest its own")
     try:
-        network = empty_network()
+        os.close(empty_network())
     except OSError as error:
-        raise NoJail(f"no namespace can be made ({error}): run with CAP_SYS_ADMIN") from error
+        objections.append(f"no namespace can be made ({error}): run with CAP_SYS_ADMIN")
+    return objections
+
+
+async def _other_release(jailer: Path, release: Release) -> list[str]:
+    try:
+        said = await _release(jailer)
+    except VmmError as error:
+        return [str(error)]
+    if said != release:
+        return [f"the jailer is of release {said}, Firecracker of {release}: install one release of both"]
+    return []
+
+
+async def _jail(rules: MicroVmRules, release: Release, kept: ExitStack, warnings: list[str]) -> Jail:
+    objections = await jail_objections(rules, release)
+    if objections:
+        raise NoJail("; ".join(objections))
+    network = empty_network()
     kept.callback(os.close, network)
     cgroups = None
     try:
         cgroups = usable_cgroups(rules.cgroup_root, rules.cgroup_parent)
     except NoJail as why:
         warnings.append(str(why))
-    return Jail(jailer=jailer, cgroups=cgroups, network=f"/proc/{os.getpid()}/fd/{network}")
+    return Jail(jailer=rules.jailer_program, cgroups=cgroups, network=f"/proc/{os.getpid()}/fd/{network}")
 
 
-async def _answer(program: Path, *arguments: str) -> str:
+async def _release(program: Path) -> Release:
+    try:
+        return Release.parse(await answer(program, "--version"))
+    except ValueError as error:
+        raise VmmError(f"{program} --version: {error}. It is no program of Firecracker's") from error
+
+
+async def answer(program: Path, *arguments: str) -> str:
     """What a program of Firecracker's says when asked. Raises `VmmError`."""
     try:
         process = await asyncio.create_subprocess_exec(

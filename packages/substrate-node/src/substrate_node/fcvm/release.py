@@ -32,13 +32,18 @@ class Release(NamedTuple):
         same_line = [first for first in since if first[:2] == self[:2]]
         return self >= same_line[0] if same_line else self > since[-1]
 
-    def objection(self) -> str | None:
+    def fault(self) -> str | None:
         """Why it must not run a guest of ours; None if it may."""
         if self in _BROKEN:
-            return f"Firecracker {self} {_BROKEN[self]}. Install {ADVISED}"
+            return f"Firecracker {self} {_BROKEN[self]}"
         if self < OLDEST:
-            return f"Firecracker {self} is older than {OLDEST}, the oldest that serves well. Install {ADVISED}"
+            return f"Firecracker {self} is older than {OLDEST}, the oldest that serves well"
         return None
+
+    def objection(self) -> str | None:
+        """Its fault, and what to install instead."""
+        fault = self.fault()
+        return f"{fault}. Install {ADVISED}" if fault is not None else None
 
 
 ADVISED = "1.17.0, or 1.16.2"
