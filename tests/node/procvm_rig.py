@@ -27,10 +27,11 @@ class ProcessRig:
         self.vmm = ProcessVmm(run, guest_argv=isolation.argv(python), python=python)
         self.workload = workload()
         self.refused = Workload.of(WorkloadSpec(name="vm", rootfs_path="/images/vm.ext4"))
+        self._others = children()
 
     def left(self) -> Collection[str]:
-        """Directories of guests, and children of this process."""
-        return [*(path.name for path in self.run.iterdir()), *children()]
+        """Directories of guests, and children of this process that it had not before."""
+        return [*(path.name for path in self.run.iterdir()), *(children() - self._others)]
 
 
 WARM = ("python", "-m", "substrate_guest", "serve", "warm:app")
@@ -65,15 +66,18 @@ class CloneRig(WarmRig):
     async def begin(self) -> None:
         """Have a base to restore from."""
         self._base = self.vmm.base = await self.captured("base")
+        self._zygote = children() - self._others
+        self._others |= self._zygote
 
     async def end(self) -> None:
         """Be without it again."""
         if self._base is not None:
             await self.vmm.discard_base(self._base)
+            self._others -= self._zygote
 
     def left(self) -> Collection[str]:
-        """What there is beside that base: a directory, and the process that keeps it."""
-        return [left for left in super().left() if left != "base"][1:]
+        """What there is beside that base and the process that keeps it."""
+        return [left for left in super().left() if left != "base"]
 
 
 class _CloningVmm(ProcessVmm):
@@ -97,12 +101,13 @@ def workload(**members: object) -> Workload:
     )
 
 
-def children() -> list[str]:
-    """The pids of the children of this process."""
-    found = []
+def children() -> set[str]:
+    """The children of this process: pid and command line."""
+    found = set()
     for task in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError):  # a thread may end meanwhile
-            found += (task / "children").read_text().split()
+        with suppress(FileNotFoundError):  # a thread may end meanwhile, or the child
+            for pid in (task / "children").read_text().split():
+                found.add(f"{pid}: {Path('/proc', pid, 'cmdline').read_text().replace(chr(0), ' ')}")
     return found
 
 
@@ -112,7 +117,7 @@ async def process_rig(run: Path, *, python: str = sys.executable) -> AsyncIterat
     rig = ProcessRig(run, python=python)
     await rig.vmm.probe()
     yield rig
-    assert not rig.left()
+    assert not (left := rig.left()), f"left behind: {left}"
 
 
 @asynccontextmanager
@@ -121,7 +126,7 @@ async def warm_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[
     rig = WarmRig(run, python=python)
     await rig.vmm.probe()
     yield rig
-    assert not rig.left()
+    assert not (left := rig.left()), f"left behind: {left}"
 
 
 @asynccontextmanager
@@ -131,6 +136,6 @@ async def clone_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator
     await rig.vmm.probe()
     await rig.begin()
     yield rig
-    assert not rig.left()
+    assert not (left := rig.left()), f"left behind: {left}"
     await rig.end()
     assert not ProcessRig.left(rig)

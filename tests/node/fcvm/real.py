@@ -95,10 +95,12 @@ class RealRig:
         spec = {"name": "real", "rootfs_path": str(rootfs), "memory_mib": MEMORY_MIB, "vcpus": 1, "warm_base": True}
         self.workload = Workload.of(WorkloadSpec(**spec))
         self.refused = Workload.of(WorkloadSpec(name="process", command=("python", "x.py")))
+        self._others = children()
 
     def left(self) -> Collection[str]:
-        """Directories of guests, bases, and children of this process."""
-        return [*(path.name for path in (*self.run.iterdir(), *self.bases.iterdir())), *children()]
+        """Directories of guests, bases, and children of this process that it had not before."""
+        directories = [path.name for path in (*self.run.iterdir(), *self.bases.iterdir())]
+        return [*directories, *(children() - self._others)]
 
 
 @asynccontextmanager
@@ -111,7 +113,7 @@ async def real_rig(root: Path, rootfs: Path, *, jail: Literal["on", "off"]) -> A
     async with outfitted(asked) as outfit:
         rig = RealRig(root, FirecrackerVmm(outfit, run=root / "run", bases=root / "bases"), rootfs)
         yield rig
-        assert not rig.left()
+        assert not (left := rig.left()), f"left behind: {left}"
 
 
 def jails() -> list[Literal["on", "off"]]:

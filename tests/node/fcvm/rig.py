@@ -91,6 +91,7 @@ class MicroVmRig:
         self.workload = self.of(double.rootfs())
         self.refused = Workload.of(WorkloadSpec(name="process", command=("python", "x.py")))
         self.end_of_exit_3 = "exit status 0 (the guest rebooted or shut down)"
+        self._others = children()
 
     def of(self, rootfs: Path, **members: Any) -> Workload:
         """A workload with a root file system."""
@@ -98,9 +99,10 @@ class MicroVmRig:
         return Workload.of(WorkloadSpec(rootfs_path=str(rootfs), **members))
 
     def left(self) -> Collection[str]:
-        """Directories of guests, bases, control groups, and children of this process."""
+        """Directories of guests, bases, control groups, and children of this process that it had not before."""
         groups = [path.name for path in self.double.cgroups.glob("*/*") if path.is_dir()]
-        return [*(path.name for path in (*self.run.iterdir(), *self.bases.iterdir())), *groups, *children()]
+        directories = [path.name for path in (*self.run.iterdir(), *self.bases.iterdir())]
+        return [*directories, *groups, *(children() - self._others)]
 
 
 @asynccontextmanager
@@ -114,4 +116,4 @@ async def microvm_rig(
         rig = MicroVmRig(root, outfit, double)
         assert rig.vmm.isolation is (Isolation.MICROVM_JAILED if jail == "on" else Isolation.MICROVM)
         yield rig
-        assert not rig.left()
+        assert not (left := rig.left()), f"left behind: {left}"
