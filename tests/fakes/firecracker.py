@@ -23,6 +23,7 @@ CONFIG is JSON: `version`, `snapshot_version`, `journal` (a file that gets each 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -157,11 +158,14 @@ class Guest:
             threading.Thread(target=self._answer_all, daemon=True).start()
             return
         dials, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        actions = [(os.POSIX_SPAWN_DUP2, self._listener.fileno(), 10), (os.POSIX_SPAWN_DUP2, theirs.fileno(), 11)]
+        given = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 12) for end in (self._listener, theirs)]  # neither is 10 or 11
+        actions = [(os.POSIX_SPAWN_DUP2, end, number) for number, end in enumerate(given, 10)]
         env = {"SUBSTRATE_LISTEN_FD": "10", "SUBSTRATE_DIAL_FD": "11", **program.get("env", {})}
         argv = ["/usr/bin/env", "-C", program.get("cwd", "/"), "setpriv", "--pdeathsig", "KILL", *program["argv"]]
         argv = [argv[0], argv, {"PATH": "/usr/bin:/bin", **env}]
         self.pid = machine.on_main(lambda: os.posix_spawn(*argv, file_actions=actions, setsid=True))
+        for end in given:
+            os.close(end)
         theirs.close()
         self._listener.close()
         threading.Thread(target=self._dial_all, args=(dials,), daemon=True).start()

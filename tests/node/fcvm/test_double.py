@@ -295,10 +295,10 @@ def test_a_stream_begins_with_ok_and_a_number(booted: Process):
     """One more for each CONNECT that was understood, served or not."""
     with booted.connect("v.sock") as sock:
         sock.sendall(b"CONNECT 1027\nGET / HTTP/1.1\r\n\r\n")
-        assert sock.recv(15) == b"OK 1073741824\n"
+        assert sock.recv(14, socket.MSG_WAITALL) == b"OK 1073741824\n"
     with booted.connect("v.sock") as sock:
         sock.sendall(b"connect   1028 and more\n")
-        assert sock.recv(15) == b"OK 1073741825\n"
+        assert sock.recv(14, socket.MSG_WAITALL) == b"OK 1073741825\n"
 
 
 @pytest.mark.parametrize(
@@ -315,16 +315,16 @@ def test_a_paused_machine_takes_no_stream_until_it_is_resumed(booted: Process):
     """Established ones are gone by then."""
     with booted.connect("v.sock") as old, booted.connect("v.sock") as new:
         old.sendall(b"CONNECT 1027\n")
-        assert old.recv(15)
+        assert old.recv(14, socket.MSG_WAITALL)
         assert booted.call("PATCH", "/vm", {"state": "Paused"}) == (204, None)
         new.sendall(b"CONNECT 1027\n")
         new.settimeout(0.2)
         with pytest.raises(TimeoutError):
-            new.recv(15)
+            new.recv(14, socket.MSG_WAITALL)
         assert booted.call("PATCH", "/vm", {"state": "Resumed"}) == (204, None)
         assert old.recv(1) == b""
         new.settimeout(WITHIN_S)
-        assert new.recv(15) == b"OK 1073741825\n"
+        assert new.recv(14, socket.MSG_WAITALL) == b"OK 1073741825\n"
 
 
 def test_the_defect_of_two_releases_after_a_pause_without_a_snapshot(double: Double, tmp_path: Path):
