@@ -202,6 +202,17 @@ async def test_the_story_of_a_call_can_be_read_afterwards(running):
     assert {"invocation.accepted", "invocation.placed", "guest.claimed", "exchange.ended"} <= set(told)
 
 
+async def test_what_a_call_printed_is_in_its_story(running):
+    """Its author finds it there; the daemon's own log does not have it."""
+    reply = await running.invoke("flows?print")
+    assert reply.text == "done"
+    await until(lambda: running.node.seen("guest.gone"))
+    url = f"{running.node.admin_url}/v1/invocations/{reply.headers['fc-invocation-id']}"
+    events = (await running.client.get(url)).json()["events"]
+    assert [event["console"] for event in events if event["event"] == "guest.gone"] == ["from within"]
+    assert "console" not in running.node.seen("guest.gone")[-1]
+
+
 async def test_metrics_and_probes_answer_on_the_admin_listener(running):
     """Prometheus text, `/healthz`, and a `/readyz` that is content."""
     await running.invoke("echo")

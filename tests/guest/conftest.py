@@ -62,8 +62,8 @@ def start(tmp_path) -> Iterator[Callable[..., Guest]]:
                     | {"SUBSTRATE_LISTEN_FD": str(listener.fileno()), "SUBSTRATE_DIAL_FD": str(theirs.fileno())}
                     | (env or {}),
                     pass_fds=(listener.fileno(), theirs.fileno()),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
                     text=True,
                 )
             guest = Guest(process, path)

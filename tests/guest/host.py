@@ -90,5 +90,5 @@ class Guest:
 
     def ended(self):
         """The exit status and what the guest wrote to its console, once it is dead."""
-        _, console = self.process.communicate(timeout=PATIENCE_S)
+        console, _ = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, console

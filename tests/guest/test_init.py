@@ -49,8 +49,8 @@ def machine(image, tmp_path):
                 [*MACHINE, "sh", "-c", BOOT, image],
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SUBSTRATE_LISTEN_FD": str(listener.fileno())},
                 pass_fds=[listener.fileno()],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 text=True,
             )
         machines.append(process)
@@ -112,7 +112,7 @@ def test_being_asked_to_end_is_passed_on_and_ends_the_machine(machine):
     guest.restored()
     subprocess.run(["kill", "-TERM", str(_init_of(guest))], check=True)
     guest.process.wait(PATIENCE_S)
-    assert "is gone, killed by SIGTERM; the machine ends" in guest.process.stderr.read()
+    assert "is gone, killed by SIGTERM; the machine ends" in guest.process.stdout.read()
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,33 @@ def test_a_module_that_fails_shows_its_traceback_and_one_line(start):
     assert console.splitlines()[-1] == "substrate-guest: module 'handlers' failed: ZeroDivisionError: division by zero"
 
 
+def test_a_traceback_begins_with_the_first_line_of_the_author(start):
+    """How we imported and called the workload explains nothing to whoever wrote it."""
+    source = "from substrate_guest import App\ndef load():\n    {}['model']\napp = App(lambda request: b'', prime=load)"
+    _, console = start(source=source).ended()
+    head, first, line, *rest = console.splitlines()
+    assert (head, line.strip()) == ("Traceback (most recent call last):", "{}['model']")
+    assert 'handlers.py", line 3, in load' in first
+    assert rest[-1] == "KeyError: 'model'"
+
+
+def test_a_module_that_cannot_be_read_shows_where_and_nothing_of_ours(start):
+    _, console = start(source="def app(request:\n").ended()
+    assert "handlers.py" in console.splitlines()[0]
+    assert "SyntaxError" in console
+    assert "importlib" not in console
+    assert "substrate_guest/" not in console
+
+
+def test_what_a_workload_prints_is_on_the_console_before_it_is_killed(start):
+    """A guest is killed once it has answered, whatever is in its buffers."""
+    guest = start(source="def app(request):\n    print('seen', request.body)\n    return b''")
+    guest.restored()
+    guest.ask(body=b"this")
+    guest.process.kill()
+    assert guest.ended()[1] == "seen b'this'\n"
+
+
 def test_a_descriptor_that_is_none_exits_with_2(start):
     status, console = start(ECHO, env={"SUBSTRATE_DIAL_FD": "4000"}).ended()
     assert status == 2

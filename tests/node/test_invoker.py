@@ -813,7 +813,7 @@ def test_a_body_that_is_cut_short_says_so():
             assert await anext(reply.body) == b"one "
             for guest in tuple(house.vmm.alive.values()):
                 guest.die("killed by SIGKILL", "out of memory")
-            with pytest.raises(GuestFailed, match=r"killed by SIGKILL, after saying: out of memory"):
+            with pytest.raises(GuestFailed, match=r"killed by SIGKILL after saying: out of memory"):
                 await anext(reply.body)
             assert reply.receipt is None
 

@@ -8,9 +8,10 @@ import os
 import threading
 
 import pytest
+from msgspec import structs
 
 from service.every_event import KINDS, made_up
-from substrate_seam.events import DefectFound, GuestParked, InvocationAccepted, WarningRaised
+from substrate_seam.events import DefectFound, GuestGone, GuestParked, InvocationAccepted, WarningRaised
 from substrate_service.logs import EventLog, event_log, library_logs_to
 
 NOON_S = 1_700_000_000.1239
@@ -75,6 +76,13 @@ def test_a_readable_line_has_the_time_the_name_and_the_fields():
 
 def accepted(session):
     return InvocationAccepted(invocation_id="i", workload="w", caller="c", body_bytes=1, session=session)
+
+
+def test_what_a_guest_wrote_is_logged_only_if_it_ended_by_itself():
+    """The output of somebody's workload is no business of the log; the story of the call has it."""
+    gone = GuestGone(guest="g", workload="w", console="printed")
+    assert "console" not in json.loads(written([gone]))
+    assert json.loads(written([structs.replace(gone, exit="exit status 1")]))["console"] == "printed"
 
 
 def test_session_ids_are_hashed_with_a_key_and_can_still_be_compared():

@@ -1,6 +1,7 @@
 """A workload that does what its request says, one way of misbehaving per word."""
 
 import os
+import sys
 import time
 
 from substrate_guest import Request, Response
@@ -21,6 +22,8 @@ def app(request: Request) -> object:
             return Response(_ticking(), headers=[("content-type", "text/plain")])
         case "endless":
             return Response(_endless(), headers=[("content-type", "text/plain")])
+        case "print":
+            sys.stdout.write("from within\n")
         case "big":
             return b"x" * 20_000_000
     return b"done"

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
 from substrate_guest.control import Control, Readiness
@@ -128,6 +129,8 @@ def main(target: str, *, directory: str | None = None) -> NoReturn:
 def run(make: Callable[[], Workload]) -> NoReturn:
     """Serve what `make` returns; what it raises of `ValueError`, `OSError` and `NotAWorkload` ends the process."""
     end_on_sigterm()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a guest is killed once it has answered, and flushes nothing then
     try:
         vsock = from_environ(os.environ)
         audit = os.environ.pop(AUDIT_VARIABLE, "") == "1"

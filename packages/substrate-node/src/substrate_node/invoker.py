@@ -413,11 +413,7 @@ class Claim:
         await asyncio.wait({guest.exited}, timeout=DEATH_GRACE_S)
         if not guest.exited.done() or self._returning is not None:  # or it was us who ended it
             return error
-        ended = guest.exited.result()
-        words = f"{error.message}: it ended with {ended.words}"
-        if ended.console:
-            words += f", after saying: {ended.console.strip()[-512:]}"
-        return GuestFailed(words, hint=error.hint)
+        return GuestFailed(f"{error.message}: it ended with {guest.exited.result().told}", hint=error.hint)
 
     def _sampled(self) -> Sample:
         """What the guest has used. A host that does not tell must not keep us from giving it back."""
@@ -491,7 +487,7 @@ class Claim:
         if self._ticket is not None:
             self._shop.slots.leave(self._ticket)
         self._end_call()
-        self._tell(died)
+        self._tell(died, guest.exited.result() if guest is not None and guest.exited.done() else None)
 
     async def _ended(self, guest_id: str, guest: Guest | None = None) -> None:
         """Kill a guest and see to the rest of it in the background. It may still live while this has not returned."""
@@ -508,7 +504,7 @@ class Claim:
             written = self._exchange is not None and self._exchange.written
             self._shop.calls.end(self._call, Ran.MAYBE if written else Ran.NO)
 
-    def _tell(self, died: Exit | None) -> None:
+    def _tell(self, died: Exit | None, ended: Exit | None) -> None:
         invocation, exchange, ticket = self._invocation, self._exchange, self._ticket
         name, now_s = self._hosted.workload.name, self._shop.clock()
         if exchange is not None and exchange.written:
@@ -538,7 +534,7 @@ class Claim:
                     guest=self._guest_id,
                     workload=name,
                     exit=died.words if died else "",
-                    console=died.console if died else "",
+                    console=ended.console if ended else "",
                 )
             )
         if ticket is not None and ticket.granted_s is not None:

@@ -79,9 +79,7 @@ class Contact:
         """How the guest ended, if it did, and what its console said last; else what it last answered, if anything."""
         if not self._guest.exited.done():
             return f"; {self._said}" if self._said else ""
-        ended = self._guest.exited.result()
-        console = f" after saying: {ended.console.strip()[-512:]}" if ended.console else ""
-        return f"; it ended with {ended.words}{console}"
+        return f"; it ended with {self._guest.exited.result().told}"
 
     async def last_words(self) -> str:
         """`words`, after a moment in which the cause of a death may still be told."""

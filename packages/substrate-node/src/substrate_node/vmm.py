@@ -17,6 +17,8 @@ EGRESS_PORT = 1025
 DATA_PORT = 1027
 CONTROL_PORT = 1028
 JOURNAL_PORT = 1029
+SAID_CHARACTERS_MAX = 4096
+"""So much of a console goes into an error: a traceback of a few dozen frames."""
 
 P = TypeVar("P", bound=asyncio.Protocol)
 
@@ -47,6 +49,16 @@ class Exit(Struct, frozen=True):
 
     words: str
     console: str = ""
+
+    @property
+    def told(self) -> str:
+        """Both as callers and operators are told: a console of several lines begins on a line of its own."""
+        said = self.console.strip()
+        if len(said) > SAID_CHARACTERS_MAX:
+            said = "…" + said[-SAID_CHARACTERS_MAX:].partition("\n")[2]
+        if not said:
+            return self.words
+        return f"{self.words} after saying:{chr(10) if chr(10) in said else ' '}{said}"
 
 
 class Sample(Struct, frozen=True):

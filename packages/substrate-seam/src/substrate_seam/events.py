@@ -166,7 +166,7 @@ class InvocationFenced(Event, frozen=True, kw_only=True, tag="invocation.fenced"
 
 
 class GuestGone(Event, frozen=True, kw_only=True, tag="guest.gone"):
-    """A guest and everything of it has left the host. `exit` is set when it ended by itself."""
+    """A guest and all of it is gone. `exit` is set when it ended by itself, `console` is the end of what it wrote."""
 
     guest: str
     workload: str

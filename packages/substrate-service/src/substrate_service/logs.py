@@ -144,7 +144,9 @@ class EventLog:
         return f"{self._second_text}.{int(now_s * 1000) % 1000:03d}Z"
 
     def _discreet(self, event: Event) -> Event:
-        """The event with its session id or URL hashed."""
+        """The event with its session id or URL hashed, and without what a guest wrote unless it ended by itself."""
+        if isinstance(event, events.GuestGone) and event.console and not event.exit:
+            return msgspec.structs.replace(event, console="")
         names = _HASHED.intersection(event.__struct_fields__)
         values = {name: value for name in names if (value := getattr(event, name)) is not None}
         if not values:
