@@ -87,6 +87,8 @@ PARTS: dict[str, Part] = {
     "e2fsck": program("e2fsck", "e2fsprogs"),
     "loop-mount": Part(_loops_can_be_mounted, "run the tests as root on a kernel with loop devices and ext4"),
     "gcc": program("gcc", "build-essential"),
+    "nginx": program("nginx", "nginx-light"),
+    "bubblewrap": program("bwrap", "bubblewrap"),
     "x86-64-glibc": Part(
         lambda: os.uname().machine == "x86_64" and Path("/lib64/ld-linux-x86-64.so.2").exists(),
         "run the tests on x86-64 with glibc",
