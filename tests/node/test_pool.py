@@ -10,7 +10,7 @@ import pytest
 
 from fakes.vmm import At, GuestAnswer, GuestCall, Latencies, echo
 from node.house import House, at_pass, busy_for, simulated, workload
-from substrate_seam.errors import SubstrateError
+from substrate_seam.errors import Reason, SubstrateError
 from substrate_seam.events import CleanupFailed, GuestClaimed, GuestGone, GuestParked, WarningRaised
 from substrate_seam.invocation import Start
 from substrate_seam.report import NodeLimits
@@ -172,6 +172,39 @@ def test_parked_guests_give_way_to_a_call():
         assert parked(house, small) == 4
 
     simulated(story, behaviour=busy_for(0.5))
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+def test_parked_guests_give_way_to_callers_who_may_not_queue(callers: int):
+    """`queue: 0` bounds waiting for a slot; with a slot of its own a call waits for memory that is coming free."""
+
+    async def story(house: House) -> None:
+        small = workload("small", pool=10, memory_mib=100)
+        await house.warmed(small)
+        unqueued = workload("unqueued", memory_mib=300, concurrency=3, queue=0)
+        await house.node.ensure(unqueued)
+        calls = [house.start(house.heard(house.invocation(unqueued))) for _ in range(callers)]
+        assert [await call for call in calls] == [b"ping"] * callers
+
+    simulated(story, behaviour=busy_for(0.5))
+
+
+def test_callers_who_may_not_queue_wait_for_nothing_that_is_not_coming():
+    """Slots are free, and what runs will not make room soon: they hear so at once."""
+
+    async def story(house: House) -> None:
+        unqueued = workload("unqueued", memory_mib=300, concurrency=3, queue=0)
+        await house.warmed(workload("small", pool=1, memory_mib=100), unqueued)
+        await house.node.ensure(BIG)
+        big = house.start(house.call(BIG))
+        await house.faults.reached(At.BEFORE_HEAD)
+        began_s = house.loop.time()
+        refused = await house.heard(house.invocation(unqueued))
+        assert isinstance(refused, SubstrateError)
+        assert (refused.reason, house.loop.time()) == (Reason.MEMORY, began_s)
+        assert await big == b"ping"
+
+    simulated(story, behaviour=busy_for(5.0))
 
 
 def test_guests_in_the_making_give_way_too():

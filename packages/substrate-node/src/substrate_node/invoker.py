@@ -192,6 +192,7 @@ class Claim:
             session=invocation.session,
             within_s=invocation.start_within_s,
             take=self._take_stake,
+            promised=lambda calls: self._shop.pool.reclaim(calls * self._hosted.workload.spec.memory_mib),
         )
         if ticket.stake is None:
             self._shop.emit(CallQueued(invocation_id=invocation.id, workload=name, waiting=slots.load(name)[1]))

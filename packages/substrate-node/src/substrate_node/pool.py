@@ -108,9 +108,11 @@ class Pool:
         self.refill(digest)
         return parked
 
-    def reclaim(self, mib: int) -> None:
-        """End parked guests, and then those in the making, until `mib` MiB are free or about to be."""
-        while self._stocked and self._ledger.committed_mib - self._leaving_mib + mib > self._ledger.size_mib:
+    def reclaim(self, mib: int) -> bool:
+        """End parked guests, and then those in the making, until `mib` MiB are free or about to be. False if never."""
+        while lacking := self._ledger.committed_mib - self._leaving_mib + mib > self._ledger.size_mib:
+            if not self._stocked:
+                break
             digest, bay = next(iter(self._stocked.items()))
             self._short[digest] = None
             if bay.parked:
@@ -119,6 +121,7 @@ class Pool:
             else:
                 self._call_off(bay)
             self._restocked(bay)
+        return not lacking
 
     def refill(self, digest: str) -> None:
         """Start making what is missing, as far as memory allows; the rest waits for `freed`."""

@@ -128,11 +128,21 @@ class Slots(Generic[S]):
         queue = self._queues.get(name)
         return _advice_s(queue.expected_wait_s(queue.waiting + 1) if queue else 0.0)
 
-    def enter(self, name: str, *, caller: str, session: str | None, within_s: float, take: Take[S]) -> Ticket[S]:
+    def enter(
+        self,
+        name: str,
+        *,
+        caller: str,
+        session: str | None,
+        within_s: float,
+        take: Take[S],
+        promised: Callable[[int], bool] = lambda _: False,
+    ) -> Ticket[S]:
         """Join the queue; the ticket has its stake at once if nothing is in the way.
 
-        Raises `GuestUnavailable`: `capacity` or `memory` when the queue is full, `queue-timeout` when, as far as
-        measured, its turn would come after `within_s`.
+        `promised` says whether stakes for so many calls are about to be there: calls with a slot of their own that lack
+        only such a stake may wait for it however short the queue is. Raises `GuestUnavailable`: `capacity` or `memory`
+        when the queue is full, `queue-timeout` when, as far as measured, its turn would come after `within_s`.
         """
         queue = self._queues[name]
         key = (caller, session) if queue.sessioned and session is not None else None
@@ -140,7 +150,7 @@ class Slots(Generic[S]):
         self._line_up(queue, ticket)
         self._dispatch(queue)
         if ticket.granted_s is None:
-            refusal = self._refusal(queue, ticket, within_s)
+            refusal = self._refusal(queue, ticket, within_s, promised)
             if refusal is not None:
                 self.leave(ticket)
                 raise refusal
@@ -259,11 +269,14 @@ class Slots(Generic[S]):
         if queue.closed and not queue.busy and not queue.waiting:
             self._queues.pop(queue.name, None)
 
-    def _refusal(self, queue: _Queue[S], ticket: Ticket[S], within_s: float) -> GuestUnavailable | None:
+    def _refusal(
+        self, queue: _Queue[S], ticket: Ticket[S], within_s: float, promised: Callable[[int], bool]
+    ) -> GuestUnavailable | None:
         """Why a call that has just lined up had better not wait, if so."""
         name, before_it = queue.name, len(self._held_with(queue, ticket))
         retry_after_s = _advice_s(queue.expected_wait_s(queue.waiting))
-        if queue.waiting > queue.limit:
+        over, free = queue.waiting - queue.limit, queue.concurrency - queue.busy
+        if over > 0 and (before_it or over > free or not promised(min(queue.waiting, free))):
             if queue.startable and not before_it:
                 return GuestUnavailable(
                     Reason.MEMORY,
