@@ -146,7 +146,9 @@ class House:
             assert not queue.sessions
         assert not self.node._reaper._tasks
         assert self.node._pool._leaving_mib == 0
+        assert self.node._pool._stock_mib == 0
         assert not self.node._bases._holds
+        assert not self.node._bases.starving
 
 
 def mint(dice: Random) -> IdentityMint:

@@ -19,7 +19,7 @@ from substrate_node.base import Bases
 from substrate_node.ledger import Ledger
 from substrate_node.reaper import Reaper
 from substrate_node.vmm import Base
-from substrate_seam.events import BaseAdopted, BaseBuilt, BaseCondemned, BaseFailed, Event
+from substrate_seam.events import BaseAdopted, BaseBuilt, BaseCondemned, BaseFailed, Event, GuestParked
 
 WORK = workload("work", warm_base=True, memory_mib=100)
 KEY = WORK.digest  # as the fake monitor has it
@@ -179,6 +179,41 @@ def test_no_base_is_begun_while_a_call_lacks_memory():
         assert house.said(BaseBuilt)
 
     in_a_house(story, behaviour=busy_for(3.0))
+
+
+def test_parked_guests_make_way_for_a_base_and_come_back_when_it_is_there():
+    """It serves every call of its workload; a node full of parked guests would never have one."""
+
+    async def story(house: House) -> None:
+        await house.warmed(workload("parked", pool=10))
+        await house.node.ensure(WORK)
+        await asyncio.sleep(5.0)
+        assert house.node.report().workloads[WORK.digest].base
+        assert not house.said(BaseFailed)
+        assert house.committed_mib == 1000
+
+    in_a_house(story)
+
+
+def test_a_base_that_cannot_have_its_memory_keeps_nobody_from_being_parked():
+    """It waits for what comes free, and not for what calls hold."""
+
+    async def story(house: House) -> None:
+        large = workload("large", memory_mib=700, warm_base=True)
+        busy, kept = workload("busy", memory_mib=500), workload("kept", pool=4)
+        await house.node.ensure(busy)
+        running = house.start(house.call(busy))
+        await house.faults.reached(At.BEFORE_HEAD)
+        await house.node.ensure(kept)
+        await house.node.ensure(large)
+        await asyncio.sleep(20.0)
+        assert house.node.report().workloads[kept.digest].parked == 4
+        assert len(house.said(GuestParked)) == 4, "none was ended in vain"
+        assert await running == b"ping"
+        await asyncio.sleep(60.0)
+        assert house.node.report().workloads[large.digest].base
+
+    in_a_house(story, behaviour=busy_for(25.0))
 
 
 def test_what_an_earlier_daemon_left_is_adopted():

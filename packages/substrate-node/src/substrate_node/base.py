@@ -37,7 +37,8 @@ class Bases:
     """All warm bases of one node, by input key. `changed` hears the key whose base is new.
 
     A base that restores are using is not discarded until the last `release`. `starving` says whether a call lacks
-    memory: then none is begun.
+    memory: then none is begun. `make_room` says whether so many MiB are about to be free, having seen to it;
+    `eased` hears that no builder waits for it any more.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Bases:
         emit: Emit,
         build_within_s: float,
         starving: Callable[[], bool] = lambda: False,
+        make_room: Callable[[int], bool] = lambda _: False,
+        eased: Callable[[], None] = lambda: None,
         changed: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._ledger = ledger
@@ -56,13 +59,27 @@ class Bases:
         self._reaper = reaper
         self._emit = emit
         self._build_within_s = build_within_s
-        self._starving = starving
+        self._call_starves = starving
+        self._make_room = make_room
+        self._eased = eased
         self._changed = changed
         self._shelves: dict[str, _Shelf] = {}
         self._holds: dict[str, int] = {}
         self._retired: dict[str, tuple[Vmm, Base]] = {}  # by id, until the last holder lets go
         self._leaving: set[str] = set()  # ids of the retired and of those being discarded: nobody adopts one
+        self._short: dict[asyncio.Future[None], None] = {}  # builders whose memory is coming free
         self._stopped = False
+
+    @property
+    def starving(self) -> bool:
+        """Whether a builder waits for memory that is coming free."""
+        return bool(self._short)
+
+    def freed(self) -> None:
+        """Some memory may be free."""
+        for waiter in self._short:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def current(self, key: str) -> Base | None:
         """The base that restores should use now, if there is one."""
@@ -176,7 +193,7 @@ class Bases:
         Nothing is awaited once the base is there, so that no cancellation can come between it and its shelf.
         """
         loop, workload = asyncio.get_running_loop(), shelf.workload
-        lease = None if self._starving() else self._ledger.reserve(workload.spec.memory_mib)
+        lease = await self._lease(workload.spec.memory_mib)
         if lease is None:
             self._told_failure(shelf, f"no {workload.spec.memory_mib} MiB of memory are free to build it in")
             return None
@@ -206,6 +223,22 @@ class Bases:
             self._reaper.spawn(undo, what=f"discard {guest_id}")
         self._emit(BaseBuilt(workload=workload.name, base=base.base_id, build_ms=(loop.time() - began_s) * 1e3))
         return base
+
+    async def _lease(self, mib: int) -> Lease | None:
+        """Memory to build in, if it is free, or as soon as what makes way for it is gone. Calls come first."""
+        while not self._call_starves():
+            lease = self._ledger.reserve(mib)
+            if lease is not None or not self._make_room(mib):
+                return lease
+            waiter = asyncio.get_running_loop().create_future()
+            self._short[waiter] = None
+            try:
+                await waiter
+            finally:
+                del self._short[waiter]
+                if not self._short:
+                    self._eased()
+        return None
 
     async def _undo(self, vmm: Vmm, guest_id: str, lease: Lease, half_made: Base | None) -> None:
         """Leave nothing of a build but its base, and not even that when a cancellation hid its success from us."""

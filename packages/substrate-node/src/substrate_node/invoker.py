@@ -192,7 +192,7 @@ class Claim:
             session=invocation.session,
             within_s=invocation.start_within_s,
             take=self._take_stake,
-            promised=lambda calls: self._shop.pool.reclaim(calls * self._hosted.workload.spec.memory_mib),
+            promised=lambda calls: self._shop.pool.make_room(calls * self._hosted.workload.spec.memory_mib),
         )
         if ticket.stake is None:
             self._shop.emit(CallQueued(invocation_id=invocation.id, workload=name, waiting=slots.load(name)[1]))
@@ -227,7 +227,7 @@ class Claim:
             return None
         self._lease = ledger.reserve(mib)
         if self._lease is None:
-            self._shop.pool.reclaim(mib)
+            self._shop.pool.make_room(mib)
         return self._lease
 
     async def _start(self, failure: StartFailure | None = None) -> None:

@@ -107,6 +107,8 @@ class LocalNode:
             emit=emit,
             build_within_s=times.boot_within_s,
             starving=lambda: self._slots.starving,
+            make_room=lambda mib: self._pool.make_room(mib),
+            eased=lambda: self._pool.freed(),
             changed=self._base_changed,
         )
         starter = self._starter = Starter(
@@ -123,7 +125,7 @@ class LocalNode:
             mint=mint,
             reaper=self._reaper,
             emit=emit,
-            starving=lambda: self._slots.starving,
+            starving=lambda: self._slots.starving or self._bases.starving,
             offer=self._slots.offer,
             changed=self._changed,
         )
@@ -246,6 +248,7 @@ class LocalNode:
         base_key = await vmm.input_key(workload) if spec.warm_base else None
         if digest in self._forgotten:
             self._forgotten.pop(digest).cancel()
+            self._pool.keep(hosted)
         self._slots.configure(spec.name, concurrency=spec.concurrency, queue=spec.queue, sessioned=spec.sessioned)
         hosted = self._hosted.get(digest)
         if hosted is None:
@@ -298,9 +301,11 @@ class LocalNode:
     async def forget(self, digest: str) -> None:
         """Drop a workload ten minutes from now, or from the last call of it, unless someone ensures it meanwhile.
 
-        An agent that still needs it after that hears `unknown-digest` and ensures it again.
+        Its parked guests go at once, so that its successor has their memory. An agent that still needs it after that
+        hears `unknown-digest` and ensures it again.
         """
         if digest in self._hosted and digest not in self._forgotten and not self._closing:
+            self._pool.drop(digest)
             self._drop_later(digest)
 
     def _drop_later(self, digest: str) -> None:
@@ -374,7 +379,7 @@ class LocalNode:
             return
         self._limits_generation = limits.generation
         self._ledger.resize(limits.memory_mib)
-        self._pool.reclaim(0)
+        self._pool.fit()
         self._emit(NodeLimited(node=self.node_id, generation=limits.generation, memory_mib=limits.memory_mib))
         self._changed(None)
 
@@ -460,6 +465,7 @@ class LocalNode:
 
     def _memory_freed(self) -> None:
         self._slots.retry()
+        self._bases.freed()
         self._pool.freed()
         self._tell_news()
 

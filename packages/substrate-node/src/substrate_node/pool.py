@@ -53,7 +53,7 @@ class _Bay:
 class Pool:
     """All parked guests of one node, by digest.
 
-    `starving` says whether a call lacks memory: then nothing new is made. `offer` hears the name of a workload of which
+    `starving` says whether a call or a base lacks memory: then nothing new is made. `offer` hears the name of a workload of which
     a guest was parked, `changed` the digest whose number of parked guests changed.
     """
 
@@ -81,7 +81,8 @@ class Pool:
         self._changed = changed
         self._bays: dict[str, _Bay] = {}
         self._short: dict[str, None] = {}  # lack memory, the longest first
-        self._stocked: dict[str, _Bay] = {}  # have something that `reclaim` may end
+        self._stocked: dict[str, _Bay] = {}  # have something that may be ended
+        self._stock_mib = 0  # of guests that stand ready or are in the making
         self._leaving: set[Lease] = set()  # of guests that are being ended
         self._leaving_mib = 0
         self._resuming: asyncio.Handle | None = None
@@ -104,15 +105,32 @@ class Pool:
         if bay is None or not bay.parked:
             return None
         parked = bay.parked.popleft()
+        self._stock_mib -= parked.lease.mib
         self._restocked(bay)
         self.refill(digest)
         return parked
 
-    def reclaim(self, mib: int) -> bool:
-        """End parked guests, and then those in the making, until `mib` MiB are free or about to be. False if never."""
-        while lacking := self._ledger.committed_mib - self._leaving_mib + mib > self._ledger.size_mib:
-            if not self._stocked:
-                break
+    def make_room(self, mib: int) -> bool:
+        """See to it that `mib` MiB are free or about to be, and end guests for that; false if it would not do."""
+        lacking_mib = self._lacking_mib + mib
+        if lacking_mib > self._stock_mib:
+            return False
+        self._end_stock(lacking_mib)
+        return True
+
+    def fit(self) -> None:
+        """End guests until the node fits its size, as far as they go."""
+        self._end_stock(self._lacking_mib)
+
+    @property
+    def _lacking_mib(self) -> int:
+        """What will be committed over the node's size when those that are being ended are gone; less than 0 is room."""
+        return self._ledger.committed_mib - self._leaving_mib - self._ledger.size_mib
+
+    def _end_stock(self, mib: int) -> None:
+        """End parked guests, and then those in the making, until they leave so many MiB."""
+        left_mib = max(0, self._stock_mib - mib)
+        while self._stock_mib > left_mib:
             digest, bay = next(iter(self._stocked.items()))
             self._short[digest] = None
             if bay.parked:
@@ -121,7 +139,6 @@ class Pool:
             else:
                 self._call_off(bay)
             self._restocked(bay)
-        return not lacking
 
     def refill(self, digest: str) -> None:
         """Start making what is missing, as far as memory allows; the rest waits for `freed`."""
@@ -137,6 +154,7 @@ class Pool:
             task = self._reaper.spawn(self._make(bay.hosted, guest_id, lease), what=f"park {guest_id}")
             task.add_done_callback(partial(self._made, bay, guest_id, lease))
             bay.making[task] = lease
+            self._stock_mib += lease.mib
             self._stocked[digest] = bay
 
     def freed(self) -> None:
@@ -251,6 +269,7 @@ class Pool:
         if lease not in self._leaving:
             self._leaving.add(lease)
             self._leaving_mib += lease.mib
+            self._stock_mib -= lease.mib
 
     def _end(self, hosted: Hosted, guest_id: str, lease: Lease) -> None:
         self._leave(lease)
