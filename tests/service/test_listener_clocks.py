@@ -154,12 +154,29 @@ def test_a_refused_body_that_never_ends_is_not_waited_for():
     in_virtual_time(app, story)
 
 
+def test_who_is_told_that_its_body_came_too_late_is_not_waited_for():
+    """Least of all as long as a connection may be idle."""
+
+    async def app(scope, receive, send):
+        assert (await receive())["more_body"]
+        await answer(send, status=408, body=b"too late")
+
+    async def story(caller, state):
+        caller.transport.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx")
+        await caller.has(b"too late")
+        assert b"connection: close" in caller.got
+        assert await caller.ends() == soon_after(0.0)
+
+    in_virtual_time(app, story)
+
+
 def test_a_body_that_stalls_while_the_application_waits_is_a_408():
     left = []
 
     async def app(scope, receive, send):
         while (message := await receive())["type"] == "http.request":
             assert message["more_body"]
+        assert message["substrate.answered"], "so that it does not tell of the same thing again"
         left.append(now_s())
         await answer(send, body=b"a second answer")
 

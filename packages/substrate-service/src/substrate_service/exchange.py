@@ -20,6 +20,12 @@ App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awa
 ABORT = "substrate.abort"
 """The message, and the extension, by which an application cuts its connection at once."""
 
+ANSWERED = "substrate.answered"
+"""Set in the `http.disconnect` of a request that the listener has answered itself, and has told of."""
+
+_TOO_LATE = 408
+"""Who was told this is not waited for any longer: its connection closes."""
+
 
 class Connection(Protocol):
     """What an exchange asks of the connection it is on."""
@@ -67,7 +73,7 @@ class Exchange:
     """
 
     __slots__ = (
-        *("body", "gone", "head", "owes_continue", "reader", "replied", "reply_started"),
+        *("answered", "body", "gone", "head", "owes_continue", "reader", "replied", "reply_started"),
         *("_chunked", "_connection", "_emit", "_end_told", "_length_left", "_news", "_scope", "_stays"),
     )
 
@@ -77,6 +83,7 @@ class Exchange:
         self.replied = False
         self.reply_started = False
         self.gone = False
+        self.answered = False  # by the listener
         self.owes_continue = head.expects_continue
         self.body = b""
         self._end_told = False
@@ -132,7 +139,7 @@ class Exchange:
 
     def answer(self, status: int, reason: Reason, message: str) -> None:
         """Reply in the application's stead, and let nothing of its own reply follow."""
-        self.reply_started = True
+        self.reply_started = self.answered = True
         bodiless = self.head.method == "HEAD"
         self._connection.write(self._connection.refusal(status, reason, message, bodiless=bodiless))
         self.leave()
@@ -148,7 +155,7 @@ class Exchange:
             self._news = self._news or asyncio.Event()
             await self._news.wait()
         if self.gone or self.replied:
-            return {"type": "http.disconnect"}
+            return {"type": "http.disconnect", ANSWERED: True} if self.answered else {"type": "http.disconnect"}
         body, self.body = self.body, b""
         self._end_told = self.reader.whole
         return {"type": "http.request", "body": body, "more_body": not self._end_told}
@@ -180,7 +187,7 @@ class Exchange:
             status,
             [*self._connection.default_headers(), *headers],
             to_head_request=self.head.method == "HEAD",
-            may_stay=self._connection.may_stay(self),
+            may_stay=status != _TOO_LATE and self._connection.may_stay(self),
         )
         self._length_left, self._chunked, self._stays = head.length, head.chunked, head.stays
         self._connection.write(head.data)

@@ -19,6 +19,9 @@ from substrate_seam.events import CallRefused, DefectFound, Emit
 ABORT: Final = "substrate.abort"
 """The extension of our listener that breaks the connection, so that a cut reply never looks whole."""
 
+ANSWERED: Final = "substrate.answered"
+"""Set by our listener when it says `http.disconnect` after an answer of its own, of which it has told."""
+
 
 class Exchange:
     """One request under its id, and how much of its answer has gone out.
@@ -127,6 +130,8 @@ class Endpoint:
             self._emit(
                 CallRefused(invocation_id=exchange.id, reason=reason, status=exchange.status, message=error.message)
             )
+        except Answered:
+            pass
         except Exception as error:  # noqa: BLE001  # the last resort: told to the caller and to the maintainers
             await exchange.fail(defect(error, exchange.id, emit=self._emit))
 
@@ -141,7 +146,8 @@ def defect(error: Exception, invocation_id: str, *, emit: Emit) -> InternalError
 async def whole_body(receive: Receive, hold: Hold, *, bytes_max: int, within_s: float) -> bytes:
     """The request's body, covered by `hold` as it arrives.
 
-    Raises `body-too-large`, `body-timeout`, `overloaded`, or `bad-request` when the caller leaves meanwhile.
+    Raises `body-too-large`, `body-timeout`, `overloaded`, or `bad-request` when the caller leaves meanwhile; `Answered`
+    when the listener has told the caller what is wrong with it.
     """
     pieces: list[bytes] = []
     size = 0
@@ -151,6 +157,8 @@ async def whole_body(receive: Receive, hold: Hold, *, bytes_max: int, within_s: 
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
+                    if message.get(ANSWERED):
+                        raise Answered
                     raise refused(Reason.BAD_REQUEST, "the caller left before its body was whole")
                 piece: bytes = message.get("body", b"")
                 if piece:
@@ -174,6 +182,10 @@ def check_size(body_bytes: int, *, bytes_max: int) -> None:
             f"the body is over {bytes_max} bytes",
             hint="Send less, or let the workload fetch it.",
         )
+
+
+class Answered(Exception):
+    """The listener has answered in the application's stead, and has told of that: there is nothing left to say."""
 
 
 class ClientLeft(Exception):
