@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from substrate_cluster.nodes.discovery import ACCEPTED, NodeAddress, parse_nodes
+from substrate_seam.tls import plaintext_refusal
 from substrate_service.settings import EnvironmentReader
 from substrate_service.shared_settings import FrontSettings, TlsFiles, read_front, read_tls
 
@@ -32,12 +33,9 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             reader.refuse(
                 f"{PREFIX}NODES", f"{node.node_id!r} over https only with {PREFIX}TLS_CERT_FILE, _KEY_FILE and _CA_FILE"
             )
-        if not node.tls and not node.loopback and not insecure:
-            reader.refuse(
-                f"{PREFIX}NODES",
-                f"{node.node_id!r} over http only on this machine "
-                f"(or {PREFIX}INSECURE_WIRE=true, on a network you trust with everything)",
-            )
+        refusal = plaintext_refusal(PREFIX, tls=node.tls, loopback=node.loopback, insecure=insecure)
+        if refusal is not None:
+            reader.refuse(f"{PREFIX}NODES", f"{node.node_id!r} over http only on this machine: {refusal}")
     if front.workloads is None and front.workloads_file is None:
         reader.refuse(
             f"{PREFIX}WORKLOADS_FILE", f"the path of a workload table, or {PREFIX}WORKLOADS with the table itself"

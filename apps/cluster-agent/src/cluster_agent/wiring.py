@@ -15,7 +15,8 @@ from substrate_cluster.nodes.connections import over_tcp
 from substrate_cluster.nodes.discovery import NodeAddress
 from substrate_cluster.nodes.remote import RemoteNode
 from substrate_cluster.plane import Observers, control_plane, mint_id
-from substrate_seam.tls import client_context
+from substrate_seam.events import WarningRaised
+from substrate_seam.tls import PLAINTEXT_DANGER, client_context
 from substrate_service.daemon import Assembled, Duties, two_listeners
 from substrate_service.observing import Observed
 from substrate_service.signals import Stopping
@@ -29,6 +30,10 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
     """
     emit, front, tls = observed.emit, settings.front, settings.tls
     catalog = Catalog.load(_table_source(settings), emit=emit)
+    for address in settings.nodes.values():
+        if not (address.tls or address.loopback):
+            words = f"the wire to node {address.node_id!r} is in plain text: {PLAINTEXT_DANGER}"
+            emit(WarningRaised(message=words))
     context = client_context(cert=tls.cert, key=tls.key, ca=tls.ca) if tls is not None else None
     async with AsyncExitStack() as stack:
         nodes = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from substrate_seam.tls import plaintext_refusal
 from substrate_service.address import Address, TcpAddress
 from substrate_service.settings import EnvironmentReader
 from substrate_service.shared_settings import NodeSettings, TlsFiles, read_node, read_tls
@@ -41,11 +42,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         node=read_node(reader, PREFIX, environment),
     )
     insecure = reader.boolean(f"{PREFIX}INSECURE_WIRE", default=False)
-    if settings.tls is None and not settings.listen.loopback and not insecure:
-        reader.refuse(
-            f"{PREFIX}LISTEN_ADDR",
-            f"an address of this machine alone, unless {PREFIX}TLS_CERT_FILE, _KEY_FILE and _CA_FILE are set "
-            f"(or {PREFIX}INSECURE_WIRE=true, on a network you trust with everything)",
-        )
+    refusal = plaintext_refusal(
+        PREFIX, tls=settings.tls is not None, loopback=settings.listen.loopback, insecure=insecure
+    )
+    if refusal is not None:
+        reader.refuse(f"{PREFIX}LISTEN_ADDR", f"an address of this machine alone: {refusal}")
     reader.finish()
     return settings

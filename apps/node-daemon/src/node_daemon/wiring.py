@@ -11,7 +11,8 @@ from substrate_guest import isolation
 from substrate_node.admin import AdminApp
 from substrate_node.daemon import NodeDaemon, head_refusal, only
 from substrate_node.host import HostedNode, hosted_node
-from substrate_seam.tls import server_context
+from substrate_seam.events import WarningRaised
+from substrate_seam.tls import PLAINTEXT_DANGER, server_context
 from substrate_service.daemon import Assembled, Duties, two_listeners
 from substrate_service.observing import Observed
 from substrate_service.signals import Stopping
@@ -24,6 +25,8 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
     Raises `StateRootUnusable`, `CertificateUnusable` or `VmmError`.
     """
     emit, tls = observed.emit, settings.tls
+    if tls is None and not settings.listen.loopback:
+        emit(WarningRaised(message=f"the wire is in plain text on {settings.listen}: {PLAINTEXT_DANGER}"))
     context = server_context(cert=tls.cert, key=tls.key, ca=tls.ca) if tls is not None else None
     async with hosted_node(
         settings.node, daemon="node-daemon", prefix=PREFIX, guest_argv=isolation.argv(), emit=emit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+PLAINTEXT_DANGER = "whoever reaches a wire in plain text commands the node"
+
 
 class CertificateUnusable(Exception):
     """The wire's TLS cannot be set up from these files; the message names the file and what is wrong with it."""
@@ -25,13 +27,13 @@ def server_context(*, cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
     return context
 
 
-def plaintext_refusal(*, tls: bool, loopback: bool, insecure: bool) -> str | None:
-    """Why the wire must not be spoken like this, and what would help; None if it may."""
+def plaintext_refusal(prefix: str, *, tls: bool, loopback: bool, insecure: bool) -> str | None:
+    """Why the wire must not be spoken like this, and which settings (with their `prefix`) would help; None if it may."""
     if tls or loopback or insecure:
         return None
     return (
-        "plain text leaves this machine, and whoever can reach it commands the node: give the certificate, its key "
-        "and the authority, or say that the network is to be trusted with everything"
+        f"{PLAINTEXT_DANGER}; set {prefix}TLS_CERT_FILE, _KEY_FILE and _CA_FILE, "
+        f"or {prefix}INSECURE_WIRE=true on a network that you trust with everything"
     )
 
 
