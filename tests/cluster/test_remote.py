@@ -298,7 +298,8 @@ def test_a_node_that_says_nothing_before_the_commit_is_left_and_told_so():
     """A little after the call had to start; the node is told not to keep its place."""
     script = Script(to_head=b"")
     outcome, took_s = heard(script, start_within_s=5.0)
-    assert (outcome.error.reason, outcome.error.ran) == (Reason.QUEUE_TIMEOUT, Ran.NO)
+    assert (outcome.error.reason, outcome.error.ran) == (Reason.NODE_UNREACHABLE, Ran.NO)
+    assert "nor said why" in outcome.error.message
     assert 5.0 <= took_s <= 5.0 + MARGIN_S + 0.1
     assert f"DELETE /v1/invocations/{outcome.invocation.id}" in script.seen
 
@@ -312,7 +313,7 @@ def test_a_node_that_is_silent_on_a_connection_used_before_is_not_asked_again():
             await bench.call(workload())
             script.to_head = b""
             error = await bench.refusal(workload(), start_within_s=5.0)
-            assert (error.reason, error.ran) == (Reason.QUEUE_TIMEOUT, Ran.NO)
+            assert (error.reason, error.ran) == (Reason.NODE_UNREACHABLE, Ran.NO)
             script.orders = lambda _line: b""
             assert isinstance(await refusal_of("resume", bench), GuestUnavailable)
         assert script.seen.count("POST /v1/invocations") == 2
@@ -502,8 +503,8 @@ def test_a_connection_that_the_node_closes_just_then_costs_nothing():
     run(story)
 
 
-def test_a_call_that_was_admitted_on_a_connection_that_then_broke_is_never_told_as_less_than_it_is():
-    """The same request is sent again, since not a byte had come back; the node knows it, and says so."""
+def test_a_call_that_was_admitted_on_a_connection_that_then_broke_did_not_run():
+    """The same request is sent again, since not a byte had come back; the node knows it, and is told to forget it."""
 
     async def story(dice):
         async with wired(dice) as wire:
@@ -515,11 +516,13 @@ def test_a_call_that_was_admitted_on_a_connection_that_then_broke_is_never_told_
             await bench.faults.reached(At.BOOT)
             idle.cut()
             outcome = await call
+            await asyncio.sleep(0.5)
+            assert not wire.there.node.running
             await bench.settled()
             return outcome, bench.journal
 
     outcome, journal = run(story)
-    assert isinstance(outcome.error, DuplicateInvocation)
+    assert (outcome.error.reason, outcome.error.ran) == (Reason.NODE_UNREACHABLE, Ran.NO)
     assert not journal
 
 

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from substrate_cluster.nodes.connections import Broken, Connect, Connection, Connections, Overdue
-from substrate_seam.errors import GuestFailed, GuestTimeout, GuestUnavailable, Ran, Reason, SubstrateError
+from substrate_seam.errors import DuplicateInvocation, GuestFailed, GuestTimeout, GuestUnavailable, Ran, Reason, SubstrateError
 from substrate_seam.executor import Node
 from substrate_seam.invocation import Invocation, Receipt, Reply
 from substrate_seam.report import NodeLimits, NodeReport
@@ -322,9 +322,9 @@ class RemoteInvoking:
         A connection that was idle may have been closed by the node while our request was under way. That is the only
         break after which the very same request is sent again, at once and on a fresh connection: not a byte of a
         reply had come. Almost always the node has then never seen the request. Should it have admitted it, and lost
-        the connection afterwards, it answers `duplicate`, which is passed on as it is: that it may have run is more
-        than is true, and never less. Any other break is told as `node-unreachable`; placement knows whether another
-        node, and another attempt number, make sense.
+        the connection afterwards, it answers `duplicate`; not a byte of its body was or will be sent, so nothing ran and
+        nothing will. That and any other break is told as `node-unreachable`; placement knows whether another node, and
+        another attempt number, make sense.
         """
         node, invocation = self._node, self._invocation
         boot_id = node.boot_id()
@@ -348,7 +348,11 @@ class RemoteInvoking:
             self._waits_there = True
             try:
                 if (status := await connection.go_ahead()) != 100:
-                    raise await self._refused(connection, status, boot_id)
+                    refusal = await self._refused(connection, status, boot_id)
+                    if fresh and isinstance(refusal, DuplicateInvocation):
+                        self._waits_there = True  # by the sending before this one
+                        raise node.unreachable("the connection broke while the call waited there") from refusal
+                    raise refusal
                 sent = connection.commit(invocation.request.body)
             except Broken as broken:
                 if fresh or not connection.stale:
@@ -366,15 +370,12 @@ class RemoteInvoking:
         return self._node.refusal(status, answer, boot_id)
 
     def _not_started(self, broken: Broken) -> GuestUnavailable:
-        if not isinstance(broken, Overdue):
-            return self._node.unreachable(str(broken))
-        return GuestUnavailable(
-            Reason.QUEUE_TIMEOUT,
-            f"node {self._node.node_id!r} had no guest ready, nor said why, within the "
-            f"{self._invocation.start_within_s:.1f} s in which this call must start",
-            hint="Retry; and see whether the node can be reached.",
-            retry_after_s=1.0,
-        )
+        if isinstance(broken, Overdue):  # a node that can speak would have said that it is too late
+            within_s = self._invocation.start_within_s
+            return self._node.unreachable(
+                f"it had no guest ready, nor said why, within the {within_s:.1f} s in which this call must start"
+            )
+        return self._node.unreachable(str(broken))
 
     # From the commit on something may have run.
 
