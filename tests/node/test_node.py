@@ -15,6 +15,7 @@ from simulation.network import Network
 from substrate_node.node import LocalNode
 from substrate_seam.errors import GuestFailed, GuestUnavailable, Ran, Reason, SubstrateError
 from substrate_seam.events import (
+    CleanupFailed,
     NodeDraining,
     NodeLimited,
     NodeResumed,
@@ -22,7 +23,7 @@ from substrate_seam.events import (
     WorkloadDropped,
     WorkloadEnsured,
 )
-from substrate_seam.invocation import Isolation
+from substrate_seam.invocation import Invocation, Isolation
 from substrate_seam.report import NodeLimits, NodeReport
 
 ONE = workload("one")
@@ -515,6 +516,42 @@ def test_a_closed_node_takes_nothing_on():
         return house.start(late())
 
     assert simulated(story, behaviour=busy_for(60.0)).result().reason is Reason.DRAINING
+
+
+@pytest.mark.parametrize("at", [At.KILL, At.DISCARD])
+def test_what_cannot_be_ended_keeps_no_daemon_from_its_end_and_is_named(at: At):
+    """A guest that nothing kills, parked or running, is left to the next daemon, and whoever reads the log knows."""
+
+    async def story(house: House) -> None:
+        node = LocalNode(
+            house.node._identity, vmms=[house.vmm], memory_mib=1000, mint=mint(house.dice), emit=house.events.append
+        )
+        async with node:
+            await node.ensure(POOLED)
+            await asyncio.sleep(5.0)
+            call = house.start(_failed(node, house.invocation(POOLED)))
+            await house.faults.reached(At.BEFORE_HEAD)
+            house.faults.on(at, fail="it is stuck", times=None)
+            began_s = house.loop.time()
+        assert house.loop.time() - began_s == pytest.approx(20.0, abs=0.1)
+        assert await call
+        told = [event.what for event in house.said(CleanupFailed) if "given up after 20 s" in event.message]
+        for guest in house.vmm.alive:
+            assert any(guest in what for what in told), f"{guest} in {told}"
+        assert house.vmm.alive
+        house.faults.clear()
+        for guest in tuple(house.vmm.alive):
+            await house.vmm.discard(guest)
+        house.vmm.bases.clear()
+
+    async def _failed(node: LocalNode, invocation: Invocation) -> bool:
+        try:
+            async with node.invoke(invocation):
+                return False
+        except GuestFailed:
+            return True
+
+    simulated(story, behaviour=busy_for(600.0))
 
 
 @pytest.mark.parametrize("cancels", [1, 3])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -52,10 +51,14 @@ class NodeIdentity(Struct, frozen=True, kw_only=True):
 
 
 class NodeTimes(Struct, frozen=True, kw_only=True):
-    """How long starting a guest may take, in seconds: cold, and from a base."""
+    """How long starting a guest may take, in seconds, cold and from a base; and how long ending all of them may.
+
+    `leave_within_s` is less than the 30 s that a pod has beyond its drain.
+    """
 
     boot_within_s: float = 60.0
     restore_within_s: float = 2.0
+    leave_within_s: float = 20.0
 
 
 class LocalNode:
@@ -82,6 +85,7 @@ class LocalNode:
         self._vmms = vmms
         self._emit = emit
         self._mint = mint
+        self._leave_within_s = times.leave_within_s
         self._record = record
         self._loop = loop = asyncio.get_running_loop()
         self._hosted: dict[str, Hosted] = {}
@@ -163,7 +167,10 @@ class LocalNode:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """End every call and every guest, and wait until nothing of them is left. Bases stay for the next daemon."""
+        """End every call and every guest, and wait until nothing of them is left. Bases stay for the next daemon.
+
+        What can't be ended within `leave_within_s` seconds is told of, as a failed clean-up, and left to that daemon.
+        """
         self._closing = True
         self._draining_until_s = self._loop.time()
         if self._drain_timer is not None:
@@ -174,10 +181,8 @@ class LocalNode:
         self._end_calls()
         self._bases.stop()
         self._pool.close()
-        try:
-            await self._reaper.finish(self._calls.idle(), what="end the last calls", within_s=math.inf)
-        finally:
-            await self._reaper.aclose()
+        self._reaper.spawn(self._calls.idle(), what="end the last calls")
+        await self._reaper.aclose(within_s=self._leave_within_s)
 
     async def idle(self) -> None:
         """Wait until no invocation waits or runs."""

@@ -12,10 +12,11 @@ from substrate_seam.events import CleanupFailed, CleanupLate, Emit
 T = TypeVar("T")
 
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.05, 5.0
+_CANCELLED_WITHIN_S = 1.0
 
 
 class Reaper:
-    """Owns clean-up work that outlives whoever began it. Closing it waits until all of it is done."""
+    """Owns clean-up work that outlives whoever began it. Closing it waits until all of it is done or its time is up."""
 
     def __init__(self, *, emit: Emit) -> None:
         self._emit = emit
@@ -72,13 +73,29 @@ class Reaper:
         if cancelled is not None:
             raise cancelled
 
-    async def aclose(self) -> None:
-        """Wait for everything owned, including what is added meanwhile, even if cancelled."""
+    async def aclose(self, *, within_s: float = math.inf) -> None:
+        """Wait for everything owned, including what is added meanwhile, even if cancelled.
+
+        What is not done after `within_s` seconds is given up, and told of as `CleanupFailed`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + within_s
         cancelled: asyncio.CancelledError | None = None
-        while self._tasks:
+        while self._tasks and loop.time() < deadline_s:
+            left_s = None if within_s == math.inf else deadline_s - loop.time()
             try:
-                await asyncio.wait(set(self._tasks))
+                await asyncio.wait(set(self._tasks), timeout=left_s)
             except asyncio.CancelledError as again:
                 cancelled = again
+        await self._give_up(within_s)
         if cancelled is not None:
             raise cancelled
+
+    async def _give_up(self, waited_s: float) -> None:
+        given_up = sorted(self._tasks, key=asyncio.Task.get_name)
+        for task in given_up:
+            message = f"given up after {waited_s:.0f} s; what is left of it the next daemon of this state root removes"
+            self._emit(CleanupFailed(what=task.get_name(), message=message))
+            task.cancel()
+        if given_up:
+            await asyncio.wait(given_up, timeout=_CANCELLED_WITHIN_S)
