@@ -253,7 +253,6 @@ class LocalNode:
         base_key = await vmm.input_key(workload) if spec.warm_base else None
         if digest in self._forgotten:
             self._forgotten.pop(digest).cancel()
-            self._pool.keep(hosted)
         self._slots.configure(spec.name, concurrency=spec.concurrency, queue=spec.queue, sessioned=spec.sessioned)
         hosted = self._hosted.get(digest)
         if hosted is None:
@@ -261,6 +260,7 @@ class LocalNode:
             self._digests_of.setdefault(spec.name, {})[digest] = None
             self._emit(WorkloadEnsured(workload=spec.name, digest=digest))
         elif hosted.base_key == base_key:
+            self._pool.keep(hosted)  # it was dropped if the workload was forgotten
             return
         self._pool.drop(digest)
         self._rebase(hosted, base_key)

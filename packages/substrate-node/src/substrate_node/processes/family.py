@@ -142,7 +142,11 @@ def _spawned(argv: tuple[str, ...], descriptors: Sequence[int], *, own_pids: boo
 
 def in_words(status: int) -> str:
     """A wait status as people say it: `exit status 3`, `killed by SIGKILL`."""
-    code = os.waitstatus_to_exitcode(status)
+    return exit_in_words(os.waitstatus_to_exitcode(status))
+
+
+def exit_in_words(code: int) -> str:
+    """An exit code as people say it; a negative one is the number of the signal that killed the process."""
     if code >= 0:
         return f"exit status {code}"
     try:

@@ -8,6 +8,7 @@ import subprocess
 import msgspec
 from msgspec import Struct
 
+from substrate_node.processes.family import exit_in_words
 from substrate_node.vmm import VmmError
 
 _ANSWER_WITHIN_S = 20.0
@@ -48,5 +49,16 @@ def _asked(executable: str) -> Interpreter:
         )
         places = msgspec.json.decode(answer.stdout, type=tuple[str, ...])
     except (OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
-        raise VmmError(f"boot: the interpreter {executable} does not run: {error}") from error
+        raise VmmError(f"boot: the interpreter {executable} does not run: {_words(error)}") from error
     return Interpreter(executable, places)
+
+
+def _words(error: Exception) -> str:
+    """What went wrong, without our question: whoever reads this did not ask it."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"it said nothing for {error.timeout:.0f} s"
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    last_line = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    ended = f"it ended with {exit_in_words(error.returncode)}"
+    return f"{ended}, after saying: {last_line}" if last_line else ended
