@@ -1,11 +1,11 @@
 """A wire in plain text beyond this machine: only where it was asked for, and never quietly."""
 
+import pytest
+
 import cluster_agent.settings
 import cluster_agent.wiring
 import node_daemon.settings
 import node_daemon.wiring
-import pytest
-
 from substrate_seam.events import WarningRaised
 from substrate_service.metrics import Metrics
 from substrate_service.observing import Observed

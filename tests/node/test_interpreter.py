@@ -19,7 +19,7 @@ from substrate_node.vmm import VmmError
 async def test_why_an_interpreter_does_not_run_is_said_without_what_it_was_asked(
     script: str, words: str, tmp_path: Path
 ):
-    """The daemon may be asked to stop while it looks around: whoever reads its last words did not write our question."""
+    """The daemon may be asked to stop while it looks around; whoever reads its last words did not ask our question."""
     interpreter = tmp_path / "python"
     interpreter.write_text(f"#!/bin/sh\n{script}\n")
     interpreter.chmod(0o755)

@@ -44,8 +44,9 @@ NEVER_TOLD = {Reason.DUPLICATE, Reason.INTERNAL, Reason.UNKNOWN_DIGEST}
 MUST_BE_SEEN = {
     *(f"told {reason}" for reason in Reason if reason not in NEVER_TOLD),
     *("told whole-answer", "told part-of-answer", "told nothing", "told refused-connection"),
-    *("ended client-left", "ended cut-short", "ended duplicate", "ended lost-after-commit"),
+    *("ended client-left", "ended cut-short", "ended lost-after-commit"),
     *("placed again after node-unreachable", "placed again after unknown-digest"),
+    "placed again after a second sending met the first",
     *("start cold", "start warm", "start pool", "cancel says no", "cancel says maybe"),
     *("event base.adopted", "event base.condemned", "event cleanup.failed", "event cleanup.late", "event guest.parked"),
     *(f"fault {at}" for at in At),

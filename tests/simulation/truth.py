@@ -257,14 +257,14 @@ def tally(audit: Audit) -> Counter[str]:
             seen[f"start {call.headers['fc-start']}"] += 1
     for _, _, event in audit.fleet.events:
         match event:
-            case InvocationEnded(reason=Reason.GUEST_FAILED) if "delivered here before" in event.message:
-                seen["ended duplicate"] += 1
             case InvocationEnded(reason=Reason.GUEST_FAILED) if "was lost while it ran" in event.message:
                 seen["ended lost-after-commit"] += 1
             case InvocationEnded(client_left=True):
                 seen["ended client-left"] += 1
             case InvocationEnded(reason=Reason.INTERNAL):
                 seen["ended cut-short"] += 1
+            case InvocationRefused() if "while the call waited there" in event.message:
+                seen["placed again after a second sending met the first"] += 1
             case InvocationRefused():
                 seen[f"placed again after {event.reason}"] += 1
             case _:

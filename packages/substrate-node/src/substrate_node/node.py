@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -111,8 +112,8 @@ class LocalNode:
             emit=emit,
             build_within_s=times.boot_within_s,
             starving=lambda: self._slots.starving,
-            make_room=lambda mib: self._pool.make_room(mib),
-            eased=lambda: self._pool.freed(),
+            make_room=self._make_room,
+            eased=self._base_eased,
             changed=self._base_changed,
         )
         starter = self._starter = Starter(
@@ -467,6 +468,12 @@ class LocalNode:
             self._pool.refill(digest)
             self._changed(digest)
         self._tell_news()
+
+    def _make_room(self, mib: int) -> bool:
+        return self._pool.make_room(mib)
+
+    def _base_eased(self) -> None:
+        self._pool.freed()
 
     def _memory_freed(self) -> None:
         self._slots.retry()

@@ -53,8 +53,8 @@ class _Bay:
 class Pool:
     """All parked guests of one node, by digest.
 
-    `starving` says whether a call or a base lacks memory: then nothing new is made. `offer` hears the name of a workload of which
-    a guest was parked, `changed` the digest whose number of parked guests changed.
+    `starving` says whether a call or a base lacks memory: then nothing new is made. `offer` hears the name of a
+    workload of which a guest was parked, `changed` the digest whose number of parked guests changed.
     """
 
     def __init__(

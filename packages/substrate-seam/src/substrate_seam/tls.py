@@ -28,7 +28,7 @@ def server_context(*, cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
 
 
 def plaintext_refusal(prefix: str, *, tls: bool, loopback: bool, insecure: bool) -> str | None:
-    """Why the wire must not be spoken like this, and which settings (with their `prefix`) would help; None if it may."""
+    """Why the wire must not be spoken like this, and which settings, by their `prefix`, would help; None if it may."""
     if tls or loopback or insecure:
         return None
     return (

@@ -17,7 +17,15 @@ import msgspec
 from msgspec import Struct
 
 from substrate_cluster.nodes.connections import Broken, Connect, Connection, Connections, Overdue
-from substrate_seam.errors import DuplicateInvocation, GuestFailed, GuestTimeout, GuestUnavailable, Ran, Reason, SubstrateError
+from substrate_seam.errors import (
+    DuplicateInvocation,
+    GuestFailed,
+    GuestTimeout,
+    GuestUnavailable,
+    Ran,
+    Reason,
+    SubstrateError,
+)
 from substrate_seam.executor import Node
 from substrate_seam.invocation import Invocation, Receipt, Reply
 from substrate_seam.report import NodeLimits, NodeReport
@@ -322,9 +330,9 @@ class RemoteInvoking:
         A connection that was idle may have been closed by the node while our request was under way. That is the only
         break after which the very same request is sent again, at once and on a fresh connection: not a byte of a
         reply had come. Almost always the node has then never seen the request. Should it have admitted it, and lost
-        the connection afterwards, it answers `duplicate`; not a byte of its body was or will be sent, so nothing ran and
-        nothing will. That and any other break is told as `node-unreachable`; placement knows whether another node, and
-        another attempt number, make sense.
+        the connection afterwards, it answers `duplicate`; not a byte of its body was or will be sent, so nothing ran.
+        That and any other break is told as `node-unreachable`; placement knows whether another node, and another
+        attempt number, make sense.
         """
         node, invocation = self._node, self._invocation
         boot_id = node.boot_id()
@@ -373,7 +381,7 @@ class RemoteInvoking:
         if isinstance(broken, Overdue):  # a node that can speak would have said that it is too late
             within_s = self._invocation.start_within_s
             return self._node.unreachable(
-                f"it had no guest ready, nor said why, within the {within_s:.1f} s in which this call must start"
+                f"it had no guest ready, nor said why, within the {within_s:.1f} s in which the call must start"
             )
         return self._node.unreachable(str(broken))
 
