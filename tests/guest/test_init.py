@@ -125,7 +125,7 @@ def test_being_asked_to_end_is_passed_on_and_ends_the_machine(machine):
 )
 def test_a_machine_that_cannot_serve_says_why_and_ends(machine, serve, user, said):
     guest = machine("upper", serve, user)
-    _, console = guest.process.communicate(timeout=PATIENCE_S)
+    console, _ = guest.process.communicate(timeout=PATIENCE_S)
     assert said in console
 
 

@@ -32,6 +32,10 @@ from substrate_seam.workload import Workload, WorkloadSpec
 
 TESTS = Path(__file__).parent.parent
 SYSTEM_PYTHON = "/usr/bin/python3"
+BELOW_TMP = {
+    Path(place).parts[2] for place in (GUESTS, sys.prefix, sys.base_prefix) if Path(place).is_relative_to("/tmp")
+}
+"""What a guest has to see there if these tests were put there."""
 
 pytestmark = needs("user-namespaces", "pidfd")
 
@@ -79,8 +83,8 @@ async def test_a_guest_writes_only_to_bounded_memory_of_its_own(rig: ProcessRig)
     assert [seen[place] for place in ("write_root", "write_usr", "write_here")] == [read_only] * 3
     assert seen["write_tmp"] == seen["write_home"] == str(len("etc/shadow"))
     assert seen["writable_mib"] == 32
-    assert seen["tmp"] == ["planted"]
-    assert (await seen_by(rig, "g1"))["tmp"] == ["planted"], "and the next guest starts with an empty one"
+    assert set(seen["tmp"]) - BELOW_TMP == {"planted"}
+    assert set((await seen_by(rig, "g1"))["tmp"]) - BELOW_TMP == {"planted"}, "and the next starts with an empty one"
 
 
 async def test_a_guest_sees_only_its_own_processes(rig: ProcessRig):
@@ -145,7 +149,7 @@ async def test_two_guests_see_nothing_of_each_other(rig: ProcessRig):
     other = await rig.vmm.boot(rig.workload, "g2", NOBODY)
     first, second = [json.loads((await ask(guest, "/see/tmp/none"))[1]) for guest in (one, other)]
     assert (first["hostname"], second["hostname"]) == ("g1", "g2")
-    assert first["tmp"] == second["tmp"] == ["planted"]
+    assert set(first["tmp"]) - BELOW_TMP == set(second["tmp"]) - BELOW_TMP == {"planted"}
     assert first["pids"] == second["pids"] == ["1", "2"]
     for guest_id in ("g1", "g2"):
         await rig.vmm.discard(guest_id)
