@@ -66,9 +66,10 @@ class PatientVmm:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vmm, name)
 
-    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound) -> Guest:
+    async def boot(self, workload: Workload, guest_id: str, inbound: Inbound, *, to_capture: bool = False) -> Guest:
         """Start a guest cold, and wait."""
-        return await self._serving(await self._vmm.boot(workload, guest_id, inbound), workload)
+        guest = await self._vmm.boot(workload, guest_id, inbound, to_capture=to_capture)
+        return await self._serving(guest, workload)
 
     async def restore(self, workload: Workload, base: Base, guest_id: str, inbound: Inbound) -> Guest:
         """Start a clone, and wait."""

@@ -22,6 +22,7 @@ import pytest
 from node.fcvm.rig import Double, MicroVmRig, microvm_rig
 from node.vmm_contract import NOBODY, ask
 from real_parts import needs
+from substrate_node.clones import CLOCK_MS_MAX, verify_clones
 from substrate_node.fcvm import outfitted
 from substrate_node.node import LocalNode, NodeIdentity, NodeTimes
 from substrate_node.ready import IdentityMint
@@ -122,6 +123,18 @@ async def test_a_workload_starts_cold_then_warm_then_parked(jail: str, tmp_path:
             await here.until(GuestParked)
             reply, body = await here.call(parked, start=Start.POOL)
             assert (body, reply.started.start) == (b"hi", Start.POOL)
+        await forget_bases(rig)
+
+
+async def test_clones_of_a_microvm_are_compared_too(tmp_path: Path):
+    """The double has each draw for itself, and no kernel of its own: what all have of the host's is found."""
+    async with microvm_rig(tmp_path) as rig:
+        async with bench(rig) as here:
+            report = await verify_clones(here.node, shim(rig, warm_base=False), clones=5, wall_ns=time.time_ns)
+        shared = {fact: count for fact, count in report.shared.items() if count and fact != "machine_id"}
+        assert shared == {"hostname": 4, "boot_id": 4}
+        assert report.clock_ms <= CLOCK_MS_MAX
+        assert not report.good
         await forget_bases(rig)
 
 

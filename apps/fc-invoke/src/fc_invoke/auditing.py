@@ -25,13 +25,16 @@ def run(
 ) -> int:
     """Audit and report. 0 when every answer was the truth, 1 when one was not. Raises `Unreachable`."""
     load = Load(workload=workload, calls=calls, at_once=at_once, dice=Random(seed))  # noqa: S311  # a seed, to replay
+    impossible: list[BaseException] = []
     try:
         answers, violations = asyncio.run(
-            audit(urls, journals, load, token=token, admin_token=admin_token, progress=_progress(calls))
+            audit(urls, journals, load, token=token, admin_token=admin_token, progress=counting(calls, "calls"))
         )
-    except* AuditImpossible as impossible:
-        raise Unreachable(str(impossible.exceptions[0])) from None
-    print(f"\r{told(answers, violations)}")
+    except* AuditImpossible as group:  # what is raised here would be wrapped again by Python before 3.11.4
+        impossible += group.exceptions
+    if impossible:
+        raise Unreachable(str(impossible[0])) from None
+    print(told(answers, violations))
     return 1 if violations else 0
 
 
@@ -52,9 +55,11 @@ def _outcome(answer: Answer) -> str:
     return f"{answer.status} from a guest" + ("" if answer.whole else ", cut short")
 
 
-def _progress(calls: int) -> Callable[[int], None]:
-    def progress(done: int) -> None:
-        if sys.stderr.isatty() and (done % 10 == 0 or done == calls):
-            print(f"\r{done} of {calls} calls", end="", file=sys.stderr, flush=True)
+def counting(total: int, noun: str) -> Callable[[int], None]:
+    """Show on a terminal how many of so many are done, in a line that is written over by what comes next."""
 
-    return progress
+    def show(done: int) -> None:
+        if sys.stderr.isatty() and (done % 10 == 0 or done == total):
+            print(f"\r{done} of {total} {noun}", end="\r", file=sys.stderr, flush=True)
+
+    return show

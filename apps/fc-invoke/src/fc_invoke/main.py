@@ -84,8 +84,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_addresses(audit)
     audit.set_defaults(run=_audit)
 
+    verify = verbs.add_parser("verify-clones", help="check that the clones of a workload are guests of their own")
+    verify.add_argument("workload")
+    verify.add_argument("--clones", type=_several, default=100, help="how many to compare (default: %(default)s)")
+    verify.add_argument(
+        "--clock-ms",
+        type=float,
+        default=10.0,
+        help="how far their clocks may be from the host's (default: %(default)s; take 50 in an emulated machine)",
+    )
+    verify.set_defaults(run=_verify_clones)
+
     add_image_command(verbs)
     return parser
+
+
+def _several(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted are numbers from 2 on: there is nothing to compare")
+    return int(text)
 
 
 def _add_addresses(verb: argparse.ArgumentParser) -> None:
@@ -155,6 +172,12 @@ def _audit(chosen: argparse.Namespace) -> int:
             admin_token=client.read_token(chosen.admin_token_file),
         )
     )
+
+
+def _verify_clones(chosen: argparse.Namespace) -> int:
+    from fc_invoke import verifying
+
+    return verifying.run(chosen.workload, clones=chosen.clones, clock_ms_max=chosen.clock_ms, environment=os.environ)
 
 
 if __name__ == "__main__":

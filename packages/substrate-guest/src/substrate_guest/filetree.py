@@ -61,7 +61,7 @@ def build(base: str, user: int) -> None:
     tree.write("/etc/passwd", f"guest:x:{user}:{user}::{HOME}:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
     tree.write("/etc/group", f"guest:x:{user}:\nnogroup:x:65534:\n")
     tree.write("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n")
-    for name in ("hostname", "hosts"):
+    for name in ("hostname", "hosts", "machine-id"):
         os.symlink(f"guest/{name}", f"{base}/etc/{name}")  # noqa: PTH211  # pathlib is slow to import
 
 
@@ -112,6 +112,7 @@ def furnish(
     os.mkdir(f"{stage}/identity")  # noqa: PTH102
     write(f"{stage}/identity/hostname", f"{identity.hostname}\n", os.O_CREAT)
     write(f"{stage}/identity/hosts", f"127.0.0.1 localhost {identity.hostname}\n::1 localhost\n", os.O_CREAT)
+    write(f"{stage}/identity/machine-id", f"{os.urandom(16).hex()}\n", os.O_CREAT)
     write(f"{stage}/identity/boot_id", f"{identity.boot_id}\n", os.O_CREAT)
     _bind_read_only(f"{stage}/identity", base + IDENTITY)
     call("umount2", stage.encode(), MNT_DETACH)

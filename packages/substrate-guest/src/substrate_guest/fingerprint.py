@@ -12,7 +12,7 @@ try:
 except ImportError:  # the interpreter that is added to images has no OpenSSL
     ssl = None  # type: ignore[assignment]
 
-BOOT_ID = "/proc/sys/kernel/random/boot_id"
+BOOT_ID, MACHINE_ID = "/proc/sys/kernel/random/boot_id", "/etc/machine-id"
 
 
 def fingerprint() -> dict[str, object]:
@@ -21,8 +21,6 @@ def fingerprint() -> dict[str, object]:
     `random` and `secrets` of Python's modules, and of OpenSSL, names for temporary files, and the kernel's own; the
     time is in nanoseconds since 1970.
     """
-    with open(BOOT_ID, encoding="ascii") as file:  # noqa: PTH123  # see `_trust`
-        boot_id = file.read().strip()
     return {
         "random": random.getrandbits(64),
         "uuid1": str(uuid.uuid1()),
@@ -31,6 +29,16 @@ def fingerprint() -> dict[str, object]:
         "openssl": ssl.RAND_bytes(16).hex() if ssl else None,
         "temporary": os.path.basename(tempfile.mktemp()),  # noqa: PTH119, S306  # only its name is wanted
         "hostname": socket.gethostname(),
-        "boot_id": boot_id,
+        "machine_id": _read(MACHINE_ID),
+        "boot_id": _read(BOOT_ID),
         "epoch_ns": time.time_ns(),
     }
+
+
+def _read(path: str) -> str | None:
+    """What a small file says; None where there is none."""
+    try:
+        with open(path, encoding="ascii") as file:  # noqa: PTH123  # pathlib is slow to import
+            return file.read().strip()
+    except FileNotFoundError:
+        return None

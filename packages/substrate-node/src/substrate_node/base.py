@@ -29,6 +29,7 @@ class _Shelf:
         self.failures = 0
         self.condemned = False
         self.hopeless = False
+        self.why_not = ""  # what the last attempt at a base came to
         self.backoff_s = _BACKOFF_S_MIN
         self.builder: asyncio.Task[object] | None = None
 
@@ -90,6 +91,11 @@ class Bases:
         """Whether there is no base yet, and one may still come."""
         shelf = self._shelves.get(key)
         return shelf is not None and shelf.base is None and not shelf.hopeless
+
+    def why_not(self, key: str) -> str:
+        """Why there is no base yet, in the words of the last attempt; nothing before one has failed."""
+        shelf = self._shelves.get(key)
+        return shelf.why_not if shelf is not None and shelf.base is None else ""
 
     def want(self, key: str, workload: Workload, vmm: Vmm) -> None:
         """See to it that there is a good base for `key`: adopt one that an earlier daemon left, or build one."""
@@ -159,10 +165,10 @@ class Bases:
             base = None if shelf.condemned else await self._adopt(shelf)
             while base is None:
                 base = await self._build(key, shelf)
-                if shelf.hopeless:
-                    self._changed(key)
-                    return
                 if base is None:
+                    self._changed(key)
+                    if shelf.hopeless:
+                        return
                     await asyncio.sleep(shelf.backoff_s)
                     shelf.backoff_s = min(shelf.backoff_s * 2, _BACKOFF_S_MAX)
         finally:
@@ -211,7 +217,7 @@ class Bases:
                 half_made, base = base, None
                 raise VmmError("what it is made of is not what it was when it was ensured")
         except NotCapturable as refusal:
-            shelf.hopeless = True
+            shelf.hopeless, shelf.why_not = True, str(refusal)
             self._emit(WarningRaised(message=str(refusal), hint=_HOPELESS_HINT))
             return None
         except (VmmError, NotReady, OSError) as error:
@@ -248,6 +254,7 @@ class Bases:
             await self._discarded(vmm, half_made)
 
     def _told_failure(self, shelf: _Shelf, message: str) -> None:
+        shelf.why_not = message
         self._emit(BaseFailed(workload=shelf.workload.name, message=message, retry_in_s=shelf.backoff_s))
 
     def _retire(self, vmm: Vmm, base: Base) -> None:

@@ -285,15 +285,18 @@ class LocalNode:
     async def restored(self, digest: str) -> AsyncIterator[Guest]:
         """Hold a clone of a workload for the length of the block, outside of any call: to look at it, say.
 
-        Waits for the base, and for memory. Raises `StartFailure`, also for a workload that has no warm start here.
+        Waits for the base, and for memory. Raises `StartFailure`, also when there is no base and the first attempt at
+        one has failed.
         """
         hosted = self._hosted[digest]
         guest_id, mib = self._mint.guest_id(), hosted.workload.spec.memory_mib
-        while hosted.base_key is not None and self._bases.expected(hosted.base_key):
+        key = hosted.base_key or ""
+        while self._bases.expected(key) and not self._bases.why_not(key):
             await self._news.wait()
-        base = self._bases.current(hosted.base_key) if hosted.base_key is not None else None
+        base = self._bases.current(key)
         if base is None:
-            raise StartFailure(f"{hosted.workload.name!r} has no warm start on this node")
+            why_not = self._bases.why_not(key) or "its monitor makes no bases of it"
+            raise StartFailure(f"there is no warm start: {why_not}")
         while self._slots.starving or (lease := self._ledger.reserve(mib)) is None:  # calls go first
             await self._news.wait()
         try:
