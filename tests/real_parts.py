@@ -89,6 +89,7 @@ PARTS: dict[str, Part] = {
     "gcc": program("gcc", "build-essential"),
     "nginx": program("nginx", "nginx-light"),
     "bubblewrap": program("bwrap", "bubblewrap"),
+    "chromium": program("chromium", "chromium"),
     "x86-64-glibc": Part(
         lambda: os.uname().machine == "x86_64" and Path("/lib64/ld-linux-x86-64.so.2").exists(),
         "run the tests on x86-64 with glibc",

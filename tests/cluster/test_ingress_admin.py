@@ -10,7 +10,7 @@ from substrate_cluster.ingress import admin_app
 from substrate_seam.events import InvocationFenced
 
 ELSEWHERE = ("10.0.0.9", 50000)
-OPERATORS_ONLY = ["/metrics", "/v1/audit", "/v1/invocations/" + "a" * 32, "/nothing"]
+OPERATORS_ONLY = ["/metrics", "/v1/live", "/v1/audit", "/v1/invocations/" + "a" * 32, "/nothing"]
 
 
 class OneToken:
@@ -30,6 +30,8 @@ def admin(*, reasons=(), authenticator=None, journal=None, host=None):
         story=stories.get,
         journal=journal,
         host=host,
+        live=lambda: {"waiting": 3},
+        page=(((b"content-type", b"text/html"),), b"<p>a page"),
         authenticator=authenticator,
         allowed_hosts={"localhost"},
         mint_id=lambda: "e" * 32,
@@ -86,7 +88,23 @@ async def test_what_is_not_known_is_not_found(target):
     assert (answer.status, answer["fc-error"], answer["fc-invocation-id"]) == (404, "not-found", "e" * 32)
 
 
-@pytest.mark.parametrize("target", ["/healthz", "/readyz", *OPERATORS_ONLY])
+async def test_the_present_is_told_and_never_kept_by_anybody_in_between():
+    answer = await get(admin(), "/v1/live")
+    assert (answer.json, answer["cache-control"]) == ({"waiting": 3}, "no-store")
+    assert (answer["x-content-type-options"], answer["cross-origin-resource-policy"]) == ("nosniff", "same-origin")
+
+
+async def test_the_page_is_for_whoever_may_reach_the_listener_because_it_knows_nothing():
+    """It asks its reader for a token; what it shows is behind that. Other machines get it only where there is one."""
+    assert (await get(admin(), "/")).text == "<p>a page"
+    assert (await get(admin(), "/", client=ELSEWHERE)).status == 403
+    assert (await get(admin(authenticator=OneToken()), "/", client=ELSEWHERE)).status == 200
+    for app in (admin(), admin(authenticator=OneToken())):
+        assert (await get(app, "/", host="evil.example")).status == 403
+        assert (await get(app, "/", fields=[("sec-fetch-site", "cross-site")])).status == 403
+
+
+@pytest.mark.parametrize("target", ["/", "/healthz", "/readyz", *OPERATORS_ONLY])
 async def test_nothing_here_is_for_posting_to(target):
     assert (await call(admin(), target)).status == 404
 
@@ -111,6 +129,7 @@ async def test_with_a_token_an_operator_is_whoever_has_it(target):
 async def test_a_web_page_reaches_no_operators_page(target):
     assert (await get(admin(), target, host="evil.example")).status == 403
     assert (await get(admin(), target, fields=[("origin", "http://evil.example")])).status == 403
+    assert (await get(admin(), target, fields=[("sec-fetch-site", "same-site")])).status == 403
 
 
 @pytest.mark.parametrize("target", ["/healthz", "/readyz"])

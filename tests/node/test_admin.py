@@ -15,6 +15,8 @@ def app(**parts):
         "metrics": lambda: b"substrate_x 1\n",
         "story": {"abc": {"events": []}}.get,
         "journal": lambda: ["abc 1"],
+        "live": lambda: {"waiting": 3},
+        "page": (((b"content-type", b"text/html"),), b"<p>a page"),
     }
     return AdminApp(**(given | parts))
 
@@ -33,7 +35,9 @@ async def ask(asked, path, *, method="GET", client=("127.0.0.1", 5), headers=HER
 
 
 async def test_what_operators_ask_for_is_there():
-    """Metrics, the story of an invocation, the journal."""
+    """A page, the present that it draws, metrics, the story of an invocation, the journal."""
+    assert await ask(app(), "/") == (200, b"<p>a page")
+    assert await ask(app(), "/v1/live") == (200, b'{"waiting":3}')
     assert await ask(app(), "/metrics") == (200, b"substrate_x 1\n")
     assert await ask(app(), "/v1/invocations/abc") == (200, b'{"events":[]}')
     status, body = await ask(app(), "/v1/audit")
@@ -62,20 +66,22 @@ async def test_readiness_tells_what_guests_get_from_the_host():
         (("127.0.0.1", 5), [(b"host", b"rebound.example:8081")]),
         (("127.0.0.1", 5), []),
         (("127.0.0.1", 5), [*HERE, (b"origin", b"https://evil.example")]),
+        (("127.0.0.1", 5), [*HERE, (b"sec-fetch-site", b"cross-site")]),
+        (("127.0.0.1", 5), [*HERE, (b"sec-fetch-site", b"same-site")]),
     ],
-    ids=["another machine", "a rebound name", "no name", "a web page"],
+    ids=["another machine", "a rebound name", "no name", "a web page", "an image of a page", "another port's page"],
 )
 async def test_strangers_get_probes_and_nothing_else(client, headers):
     """A kubelet may probe; metrics and stories are the operators'."""
     assert (await ask(app(), "/healthz", client=client, headers=headers))[0] == 200
     assert (await ask(app(), "/readyz", client=client, headers=headers))[0] == 200
-    for path in ("/metrics", "/v1/invocations/abc", "/v1/audit"):
+    for path in ("/", "/metrics", "/v1/live", "/v1/invocations/abc", "/v1/audit"):
         assert (await ask(app(), path, client=client, headers=headers))[0] == 403
 
 
 async def test_what_is_not_there_is_404_and_says_what_is():
     """Other paths, other methods, unknown invocations, and a journal that nobody keeps."""
-    for path in ("/", "/v1/invocations/nobody", "/v1/invocations/"):
+    for path in ("/nothing", "/v1/invocations/nobody", "/v1/invocations/"):
         status, body = await ask(app(), path)
         assert status == 404
         assert b"/v1/invocations/{id}" in body

@@ -109,7 +109,7 @@ def test_what_a_reader_pieces_together_is_what_the_node_would_say():
         async with heard(house) as reports:
             await house.warmed(ONE, WARM, POOLED)
             calls = [house.start(house.call(each)) for each in (ONE, ONE, WARM, POOLED)]
-            for moment_s in (0.03, 0.1, 0.2, 1.0):
+            for moment_s in (0.03, 0.05, 0.1, 0.3, 1.0):
                 await asyncio.sleep(moment_s)
                 await asyncio.sleep(0.06)
                 known: dict[str, object] = {}
@@ -120,6 +120,36 @@ def test_what_a_reader_pieces_together_is_what_the_node_would_say():
                 await call
 
     simulated(story, latencies=SLOW)
+
+
+def test_a_report_tells_what_each_guest_is_at():
+    """Being made ready for the pool, parked, being started for a call, or serving one; and none once it is over."""
+
+    async def story(house: House) -> None:
+        house.faults.on(At.BOOT, delay_s=1.0, times=None)
+        slow = workload("slow", concurrency=2, pool=1)
+
+        def now() -> tuple[int, int, int, int]:
+            told = house.node.report().workloads[slow.digest]
+            return told.making, told.parked, told.busy - told.serving, told.serving
+
+        await house.node.ensure(slow)
+        assert now() == (1, 0, 0, 0)
+        await asyncio.sleep(2.0)
+        assert now() == (0, 1, 0, 0)
+        async with heard(house) as reports:
+            calls = [house.start(house.call(slow)) for _ in range(2)]
+            await asyncio.sleep(0.2)
+            assert now() == (1, 0, 1, 1)
+            await asyncio.sleep(1.8)
+            assert now() == (0, 1, 0, 2)
+            assert reports[-1][1].workloads[slow.digest].serving == 2, "a reader is told as soon as a guest serves"
+            for call in calls:
+                await call
+        assert now() == (0, 1, 0, 0)
+        assert house.node.report().workloads[slow.digest].isolation is Isolation.MICROVM
+
+    simulated(story, behaviour=busy_for(3.0))
 
 
 def test_a_dropped_workload_is_retracted():

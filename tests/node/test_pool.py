@@ -22,7 +22,7 @@ BIG = workload("big", memory_mib=900)
 
 
 def parked(house: House, of: Workload) -> int:
-    return house.node._pool.parked(of.digest)
+    return house.node._pool.stock(of.digest)[0]
 
 
 @pytest.mark.parametrize("kept", [POOLED, WARM])

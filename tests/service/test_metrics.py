@@ -15,6 +15,8 @@ from substrate_seam.events import (
     NodeLost,
     SlotTaken,
 )
+from substrate_seam.invocation import Isolation
+from substrate_seam.report import NodeReport, WorkloadReport
 from substrate_service.metrics import Metrics
 from substrate_service.sinks import fan_out
 
@@ -86,7 +88,27 @@ def test_a_gauge_shows_the_last_value():
     seen = told(*taken)
     assert seen[("substrate_slots_busy", "w")] == 2
     assert seen[("substrate_queue_waiting", "w")] == 3
-    assert seen[("substrate_memory_free_mib",)] == 98
+
+
+def test_what_a_node_says_of_itself_is_told_as_it_is_when_somebody_asks():
+    """Versions of one workload are added up; a guest that left the pool is no longer told."""
+    parked = 2
+
+    def report():
+        one, other = (WorkloadReport(name="w", concurrency=2, parked=parked, serving=1, making=each) for each in (0, 1))
+        workloads = {"1": one, "2": other, "3": None}
+        about = {"node_id": "n", "boot_id": "b", "isolation": Isolation.PROCESS, "arch": "amd64"}
+        return NodeReport(**about, size_mib=1000, free_mib=100 * parked, workloads=workloads)
+
+    metrics = Metrics()
+    assert ("substrate_guests", "parked", "w") not in samples(metrics)
+    metrics.watch(report)
+    seen = samples(metrics)
+    assert [seen[("substrate_guests", state, "w")] for state in ("serving", "parked", "making")] == [2, 4, 1]
+    assert (seen[("substrate_memory_free_mib",)], seen[("substrate_node_memory_limit_mib",)]) == (200, 1000)
+    parked = 0
+    seen = samples(metrics)
+    assert (seen[("substrate_guests", "parked", "w")], seen[("substrate_memory_free_mib",)]) == (0, 0)
 
 
 def test_nodes_are_counted_once_however_often_they_reconnect():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from random import SystemRandom
 from ssl import SSLContext
 
@@ -19,6 +20,8 @@ from substrate_seam.events import WarningRaised
 from substrate_seam.tls import PLAINTEXT_DANGER, client_context
 from substrate_service.daemon import Assembled, Duties, two_listeners
 from substrate_service.observing import Observed
+from substrate_service.page import page
+from substrate_service.shared_settings import open_doors
 from substrate_service.signals import Stopping
 
 
@@ -46,7 +49,13 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
                 catalog,
                 nodes,
                 prefix=PREFIX,
-                observers=Observers(emit=emit, metrics=observed.metrics.exposition, story=observed.stories.story),
+                observers=Observers(
+                    emit=emit,
+                    metrics=observed.metrics.exposition,
+                    story=observed.stories.story,
+                    live=partial(observed.live.snapshot, doors=open_doors(front, PREFIX)),
+                    page=page(),
+                ),
                 dice=SystemRandom(),
                 stopping=stopping.requested.is_set,
                 clock=time.monotonic,  # uvloop's stands still for a millisecond

@@ -44,6 +44,8 @@ def told_errors(verb: Callable[[], int]) -> int:
     """Do what a command does; what it can't do becomes words on standard error, and status 1."""
     try:
         return verb()
+    except BrokenPipeError:  # no fault: whoever reads our output has seen enough
+        raise
     except (Unreachable, OSError) as error:
         print(f"fc-invoke: {error}", file=sys.stderr)
         return 1

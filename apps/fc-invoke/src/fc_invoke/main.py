@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_addresses(explain)
     explain.set_defaults(run=_explain)
 
+    top = verbs.add_parser("top", help="watch queue, guests, starts, latencies and failures of a running daemon")
+    top.add_argument("--once", action="store_true", help="print one snapshot and leave")
+    top.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="between looks (default: %(default)g)")
+    _add_admin(top, "--admin")
+    top.set_defaults(run=_top)
+
     audit = verbs.add_parser("audit", help="misbehave towards a running system and check that it told the truth")
     audit.add_argument("workload", nargs="?", default="echo")
     audit.add_argument("--calls", type=int, default=200)
@@ -106,11 +112,23 @@ def _several(text: str) -> int:
 
 
 def _add_addresses(verb: argparse.ArgumentParser) -> None:
-    from fc_invoke.client import DEFAULT_ADMIN_URL, DEFAULT_URL
+    from fc_invoke.client import DEFAULT_URL
 
     verb.add_argument("--url", default=DEFAULT_URL, help="the public listener (default: %(default)s)")
-    verb.add_argument("--admin-url", default=DEFAULT_ADMIN_URL, help="the admin listener (default: %(default)s)")
     verb.add_argument("--token-file", help="a file that holds the caller's token")
+    _add_admin(verb)
+
+
+def _add_admin(verb: argparse.ArgumentParser, *short: str) -> None:
+    from fc_invoke.client import DEFAULT_ADMIN_URL
+
+    verb.add_argument(
+        "--admin-url",
+        *short,
+        default=DEFAULT_ADMIN_URL,
+        metavar="URL",
+        help="the admin listener (default: %(default)s)",
+    )
     verb.add_argument("--admin-token-file", help="a file that holds the operator's token")
 
 
@@ -154,6 +172,19 @@ def _explain(chosen: argparse.Namespace) -> int:
 
     return client.told_errors(
         lambda: client.explain(chosen.admin_url, chosen.id, admin_token=client.read_token(chosen.admin_token_file))
+    )
+
+
+def _top(chosen: argparse.Namespace) -> int:
+    from fc_invoke import client, top
+
+    return client.told_errors(
+        lambda: top.watch(
+            chosen.admin_url,
+            token=client.read_token(chosen.admin_token_file),
+            once=chosen.once,
+            every_s=max(0.1, chosen.every),
+        )
     )
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from random import SystemRandom
 
 from fc_invoke import builtin
@@ -20,6 +21,8 @@ from substrate_seam.events import WarningRaised
 from substrate_service.address import Address, UnixAddress
 from substrate_service.daemon import Assembled, Duties, two_listeners
 from substrate_service.observing import Observed
+from substrate_service.page import page
+from substrate_service.shared_settings import open_doors
 from substrate_service.signals import Stopping
 
 
@@ -36,6 +39,7 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
     async with hosted_node(
         settings.node, daemon="fc-invoke", prefix=PREFIX, guest_argv=isolation.argv(), emit=emit
     ) as host:
+        observed.metrics.watch(host.node.report)
         await _refuse_unrunnable(catalog, host)
         async with control_plane(
             front,
@@ -46,6 +50,8 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
                 emit=emit,
                 metrics=observed.metrics.exposition,
                 story=observed.stories.story,
+                live=partial(observed.live.snapshot, doors=open_doors(front, PREFIX)),
+                page=page(),
                 journal=host.journal.entries if host.journal is not None else None,
                 host=(str(host.isolation), host.isolation.facts),
             ),

@@ -15,6 +15,7 @@ from substrate_seam.events import WarningRaised
 from substrate_seam.tls import PLAINTEXT_DANGER, server_context
 from substrate_service.daemon import Assembled, Duties, two_listeners
 from substrate_service.observing import Observed
+from substrate_service.page import page
 from substrate_service.signals import Stopping
 
 
@@ -61,10 +62,16 @@ def _admin(observed: Observed, host: HostedNode, stopping: Stopping) -> AdminApp
     def ready() -> list[str]:
         return ["the daemon is stopping"] if stopping.requested.is_set() else []
 
+    def live() -> object:
+        return observed.live.snapshot(nodes=[host.node.report()], lost={}, reasons=ready())
+
+    observed.metrics.watch(host.node.report)
     return AdminApp(
         ready=ready,
         metrics=observed.metrics.exposition,
         story=observed.stories.story,
+        live=live,
+        page=page(),
         journal=host.journal.entries if host.journal is not None else None,
         host=(str(host.isolation), host.isolation.facts),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -16,12 +16,13 @@ from starlette.types import ASGIApp
 from substrate_cluster.admission import Admission
 from substrate_cluster.auth import Anonymous, StaticTokens, TokensRefused
 from substrate_cluster.catalog import Catalog, Change
-from substrate_cluster.ingress import Limits, admin_app, default_hosts, public_app, refuse_open
+from substrate_cluster.ingress import Limits, Page, admin_app, default_hosts, public_app, refuse_open
 from substrate_cluster.nodes.registry import Registry
 from substrate_cluster.placement.executor import PlacedExecutor
 from substrate_cluster.placement.index import NodeIndex
 from substrate_seam.events import Emit, WarningRaised
 from substrate_seam.executor import Node
+from substrate_seam.report import NodeReport
 
 _DRAIN_MARGIN_S: Final = 30.0
 
@@ -55,15 +56,30 @@ class FrontSettings(Protocol):
     def drain_within_s(self) -> float | None: ...  # noqa: D102
 
 
-class Observers(Struct, frozen=True, kw_only=True):
-    """What the daemon around the plane knows: its metrics, the story of an invocation, the audit journal if kept.
+class Live(Protocol):
+    """Says what the daemon is at."""
 
-    `host` is what guests get from its host, in words and as something that can be JSON, if it is a node too.
+    def __call__(self, *, nodes: Iterable[NodeReport], lost: Mapping[str, str], reasons: Sequence[str]) -> object:
+        """The present, as something that can be JSON.
+
+        `nodes` are whole reports of those that are heard, `lost` says of the others why they are not, and `reasons`
+        why calls can't be placed.
+        """
+        ...
+
+
+class Observers(Struct, frozen=True, kw_only=True):
+    """What the daemon around the plane knows.
+
+    Its metrics, the story of an invocation, the present and the page that draws it, the audit journal if kept; `host`
+    is what guests get from its host, in words and as something that can be JSON, if it is a node too.
     """
 
     emit: Emit
     metrics: Callable[[], bytes]
     story: Callable[[str], object | None]
+    live: Live
+    page: Page
     journal: Callable[[], list[str]] | None = None
     host: tuple[str, object] | None = None
 
@@ -172,6 +188,8 @@ async def control_plane(
         ready=ready,
         metrics=observers.metrics,
         story=observers.story,
+        live=lambda: observers.live(nodes=registry.reports(), lost=registry.lost, reasons=ready()),
+        page=observers.page,
         journal=observers.journal,
         host=observers.host,
         authenticator=operators,

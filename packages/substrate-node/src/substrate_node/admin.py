@@ -1,4 +1,4 @@
-"""The node daemon's admin listener: probes, metrics, the story of an invocation, the audit journal."""
+"""The node daemon's admin listener: probes, metrics, the live state and its page, stories, the audit journal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,23 @@ import msgspec
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_TEXT, _JSON = b"text/plain; charset=utf-8", b"application/json"
+Fields = tuple[tuple[bytes, bytes], ...]
+
+_GUARDED = (
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+_TEXT = ((b"content-type", b"text/plain; charset=utf-8"), *_GUARDED)
+_JSON = ((b"content-type", b"application/json"), *_GUARDED)
+_METRICS = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"), *_GUARDED)
 _STORIES = "/v1/invocations/"
-_ROUTES = "GET /healthz, /readyz, /metrics, /v1/invocations/{id} and /v1/audit"
+_ROUTES = "GET / (a page), /healthz, /readyz, /metrics, /v1/live, /v1/invocations/{id} and /v1/audit"
+
+Page = tuple[Fields, bytes]
+"""The fields and the bytes of a document."""
+Answer = tuple[int, Fields, bytes]
+"""Status, fields, body."""
 
 
 class AdminApp:
@@ -21,7 +35,8 @@ class AdminApp:
 
     `ready` says why the node takes no calls (nothing when it does), `metrics` gives the Prometheus text, `story` what
     is known of an invocation or None, `journal` the entries of the audit journal if one is kept. `host` is what guests
-    get from this host, in words and as something that can be JSON.
+    get from this host, in words and as something that can be JSON. `live` is the present in that form, and `page` draws
+    it.
     """
 
     def __init__(
@@ -30,23 +45,30 @@ class AdminApp:
         ready: Callable[[], list[str]],
         metrics: Callable[[], bytes],
         story: Callable[[str], object | None],
+        live: Callable[[], object],
+        page: Page,
         journal: Callable[[], list[str]] | None,
         host: tuple[str, object] | None = None,
     ) -> None:
         self._host = host
         self._ready = ready
         self._story = story
-        self._journal = journal
-        self._metrics = metrics
+        self._pages: dict[str, Callable[[], Page]] = {
+            "/": lambda: page,
+            "/metrics": lambda: (_METRICS, metrics()),
+            "/v1/live": lambda: (_JSON, msgspec.json.encode(live())),
+        }
+        if journal is not None:
+            self._pages["/v1/audit"] = lambda: (_JSON, msgspec.json.encode({"entries": journal()}))
 
     async def __call__(self, scope: Scope, _: object, send: Send) -> None:
         """Answer one request."""
-        status, kind, body = self._answer(scope)
-        fields = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+        status, fields, body = self._answer(scope)
+        fields = (*fields, (b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": status, "headers": fields})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
-    def _answer(self, scope: Scope) -> tuple[int, bytes, bytes]:
+    def _answer(self, scope: Scope) -> Answer:
         path = scope["path"]
         if scope["method"] not in {"GET", "HEAD"}:
             return 404, _TEXT, f"there is {_ROUTES}\n".encode()
@@ -58,7 +80,7 @@ class AdminApp:
             return 403, _TEXT, b"forbidden: this is for callers on this machine, under its own name\n"
         return self._tell(path)
 
-    def _readiness(self, scope: Scope) -> tuple[int, bytes, bytes]:
+    def _readiness(self, scope: Scope) -> Answer:
         reasons = self._ready()
         status = 503 if reasons else 200
         if any(name == b"accept" and b"application/json" in value for name, value in scope["headers"]):
@@ -67,11 +89,9 @@ class AdminApp:
         text = "\n".join(reasons or ["ok"]) + "\n" + (f"\n{self._host[0]}\n" if self._host else "")
         return status, _TEXT, text.encode()
 
-    def _tell(self, path: str) -> tuple[int, bytes, bytes]:
-        if path == "/metrics":
-            return 200, b"text/plain; version=0.0.4; charset=utf-8", self._metrics()
-        if path == "/v1/audit" and self._journal is not None:
-            return 200, _JSON, msgspec.json.encode({"entries": self._journal()})
+    def _tell(self, path: str) -> Answer:
+        if path in self._pages:
+            return 200, *self._pages[path]()
         if path == "/v1/audit":
             return 404, _TEXT, b"no audit journal is kept: set NODE_DAEMON_AUDIT_JOURNAL to a file\n"
         story = self._story(path.removeprefix(_STORIES)) if path.startswith(_STORIES) else None
@@ -81,10 +101,11 @@ class AdminApp:
 
 
 def _is_operator(scope: Scope) -> bool:
-    """Whether the request comes from this machine and names it, not some site that DNS was rebound to."""
+    """Whether the request comes from this machine and names it, not from a page of some site, or one DNS rebound."""
     client = scope.get("client")
     if client is not None and not ipaddress.ip_address(client[0]).is_loopback:
         return False
     fields: Mapping[bytes, bytes] = dict(scope["headers"])
     host = fields.get(b"host", b"").decode("latin-1").rpartition(":")[0] or fields.get(b"host", b"").decode("latin-1")
-    return host in {"localhost", "127.0.0.1", "[::1]"} and b"origin" not in fields
+    ours = b"origin" not in fields and fields.get(b"sec-fetch-site", b"none") in {b"none", b"same-origin"}
+    return ours and host in {"localhost", "127.0.0.1", "[::1]"}

@@ -46,7 +46,7 @@ Stake = Parked | Lease
 
 
 class Shop:
-    """What the calls of one node share."""
+    """What the calls of one node share. `changed` hears the digest of which more calls, or fewer, have their guest."""
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class Shop:
         reaper: Reaper,
         emit: Emit,
         clock: Callable[[], float],
+        changed: Callable[[str], None],
     ) -> None:
         self.node_id = node_id
         self.calls = calls
@@ -74,6 +75,7 @@ class Shop:
         self.reaper = reaper
         self.emit = emit
         self.clock = clock
+        self.changed = changed
 
 
 class Claim:
@@ -100,6 +102,7 @@ class Claim:
         self._tried: set[Start] = set()
         self._guest_id = ""
         self._guest: Guest | None = None
+        self._serving = False
         self._discarding: asyncio.Task[None] | None = None
         self._exchange: Exchange | None = None
         self._death_timer: asyncio.TimerHandle | None = None
@@ -284,6 +287,7 @@ class Claim:
                 message=message,
             )
         )
+        self._serve(serving=False)
         guest_id, self._guest_id, self._guest = self._guest_id, "", None
         self._discarding = self._shop.reaper.spawn(self._ended(guest_id), what=f"discard {guest_id}")
         await asyncio.shield(self._discarding)  # cancelled or not, giving back waits for it too
@@ -303,6 +307,7 @@ class Claim:
             base=base,
         )
         guest.exited.add_done_callback(self._guest_died)
+        self._serve(serving=True)
         self._shop.emit(
             GuestClaimed(
                 invocation_id=invocation.id,
@@ -317,6 +322,13 @@ class Claim:
                 base=base,
             )
         )
+
+    def _serve(self, *, serving: bool) -> None:
+        """Count this call among those that have their guest, or no longer."""
+        if serving is not self._serving:
+            self._serving = serving
+            self._hosted.serving += 1 if serving else -1
+            self._shop.changed(self._hosted.workload.digest)
 
     def _too_late(self) -> SubstrateError:
         name, within_s = self._hosted.workload.name, self._invocation.start_within_s
@@ -485,6 +497,7 @@ class Claim:
             await self._ended(self._guest_id, guest)
         if self._lease is not None:
             self._lease.release()
+        self._serve(serving=False)
         if self._ticket is not None:
             self._shop.slots.leave(self._ticket)
         self._end_call()

@@ -146,6 +146,7 @@ class LocalNode:
             reaper=self._reaper,
             emit=emit,
             clock=clock,
+            changed=self._changed,
         )
 
     @property
@@ -443,13 +444,17 @@ class LocalNode:
             return None
         spec = hosted.workload.spec
         busy, waiting, service_s = self._slots.load(spec.name)
+        parked, making = self._pool.stock(digest)
         base = self._bases.current(hosted.base_key) if hosted.base_key is not None else None
         return WorkloadReport(
             name=spec.name,
             concurrency=spec.concurrency,
             busy=busy,
+            serving=hosted.serving,
             waiting=waiting,
-            parked=self._pool.parked(digest),
+            parked=parked,
+            making=making,
+            isolation=hosted.vmm.isolation,
             base=base.base_id if base else None,
             service_ms=None if service_s is None else round(service_s * 1e3, 3),
         )

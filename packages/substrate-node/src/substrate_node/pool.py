@@ -54,7 +54,8 @@ class Pool:
     """All parked guests of one node, by digest.
 
     `starving` says whether a call or a base lacks memory: then nothing new is made. `offer` hears the name of a
-    workload of which a guest was parked, `changed` the digest whose number of parked guests changed.
+    workload of which a guest was parked, `changed` the digest of which more guests, or fewer, are parked or in the
+    making.
     """
 
     def __init__(
@@ -94,10 +95,10 @@ class Pool:
             self._bays.setdefault(hosted.workload.digest, _Bay(hosted))
             self.refill(hosted.workload.digest)
 
-    def parked(self, digest: str) -> int:
-        """How many guests stand ready."""
+    def stock(self, digest: str) -> tuple[int, int]:
+        """How many guests stand ready, and how many more are being made so."""
         bay = self._bays.get(digest)
-        return len(bay.parked) if bay else 0
+        return (len(bay.parked), len(bay.making)) if bay else (0, 0)
 
     def take(self, digest: str) -> Parked | None:
         """Take the guest that was parked first; another is made in the background."""
@@ -156,6 +157,7 @@ class Pool:
             bay.making[task] = lease
             self._stock_mib += lease.mib
             self._stocked[digest] = bay
+            self._changed(digest)
 
     def freed(self) -> None:
         """Some memory may be free: go on with those that lack it, after the calls that now want it."""

@@ -12,14 +12,18 @@ from substrate_seam.workload import Workload
 
 
 class Hosted:
-    """A workload on this node, the monitor that runs it, and the key of its warm base (None: no warm start)."""
+    """A workload on this node, the monitor that runs it, and the key of its warm base (None: no warm start).
 
-    __slots__ = ("base_key", "vmm", "workload")
+    `serving` counts the calls that have their guest.
+    """
+
+    __slots__ = ("base_key", "serving", "vmm", "workload")
 
     def __init__(self, workload: Workload, vmm: Vmm) -> None:
         self.workload = workload
         self.vmm = vmm
         self.base_key: str | None = None
+        self.serving = 0
 
 
 class StartFailure(Exception):

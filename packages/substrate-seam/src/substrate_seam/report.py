@@ -10,14 +10,19 @@ from substrate_seam.invocation import Isolation
 class WorkloadReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One workload on one node: slots, waiters, and what would make its next start fast.
 
-    `service_ms` is the measured time a slot is held, None before the first call has ended.
+    Of the `busy` calls, `serving` have their guest; the others' are being started. `parked` guests are ready for calls
+    to come, `making` more are being made so. `service_ms` is the measured time a slot is held, None before the first
+    call has ended.
     """
 
     name: str
     concurrency: int
     busy: int = 0
+    serving: int = 0
     waiting: int = 0
     parked: int = 0
+    making: int = 0
+    isolation: Isolation | None = None
     base: str | None = None
     service_ms: float | None = None
 

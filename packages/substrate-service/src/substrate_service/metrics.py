@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from msgspec import Struct
@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from substrate_seam import events as e
 from substrate_seam.events import Event
+from substrate_seam.report import NodeReport
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """What `Metrics.exposition` is written in."""
@@ -39,6 +40,8 @@ class Metrics(Collector):
 
     def __init__(self) -> None:
         self._metrics = _metrics()
+        self._observed = _observed()
+        self._report: Callable[[], NodeReport] | None = None
         self._events = _Counter("events", "Everything that happened, by the name of its event.", ("event",), {})
         self._by_kind: dict[type[Event], list[_Metric]] = {}
         for metric in self._metrics:
@@ -56,17 +59,24 @@ class Metrics(Collector):
             if (measured := metric.rules[kind](event)) is not None:
                 metric.record(measured)
 
+    def watch(self, report: Callable[[], NodeReport]) -> None:
+        """Tell from now on what a node of this daemon says of itself: `report` is asked whenever somebody scrapes."""
+        self._report = report
+
     def exposition(self) -> bytes:
         """Everything counted so far, as `CONTENT_TYPE`."""
         return generate_latest(self._registry)
 
     def published(self) -> tuple[Published, ...]:
         """What there is to be counted, whether it has been or not."""
-        return tuple(metric.published() for metric in (self._events, *self._metrics))
+        return tuple(metric.published() for metric in (self._events, *self._metrics, *self._observed))
 
     def collect(self) -> Iterator[Family]:
         """Every metric (the registry calls this)."""
-        return (metric.family() for metric in (self._events, *self._metrics))
+        yield from (metric.family() for metric in (self._events, *self._metrics))
+        if self._report is not None:
+            report = self._report()
+            yield from (metric.of(report) for metric in self._observed)
 
 
 class Published(Struct, frozen=True):
@@ -135,6 +145,22 @@ class _Gauge(_Metric):
         for labels, value in self._values.items():
             family.add_metric(labels, value)
         return family
+
+
+class _Observed(_Gauge):
+    """Is read from a node's report when it is asked for; what has the same labels is added up."""
+
+    def __init__(self, name: str, about: str, labels: Labels, read: Callable[[NodeReport], Iterable[Measured]]) -> None:
+        super().__init__(name, about, labels, {})
+        self._read = read
+
+    def of(self, report: NodeReport) -> Family:
+        """What the report says."""
+        self._values.clear()
+        for value, *labels in self._read(report):
+            key = self._key(tuple(labels))
+            self._values[key] = self._values.get(key, 0) + value
+        return self.family()
 
 
 class _Members(_Metric):
@@ -252,12 +278,6 @@ def _metrics() -> tuple[_Metric, ...]:
             ("workload",),
             dict.fromkeys((e.SlotTaken, e.SlotFreed), lambda x: (x.busy, x.workload)),
         ),
-        _Gauge(
-            "memory_free_mib",
-            "Memory that no guest has, in MiB.",
-            (),
-            dict.fromkeys((e.SlotTaken, e.SlotFreed), lambda x: (x.free_mib,)),
-        ),
         _Counter(
             "guests_claimed",
             "Guests that were claimed for an invocation.",
@@ -354,12 +374,6 @@ def _metrics() -> tuple[_Metric, ...]:
             {e.NodeDraining: lambda _: (1,), e.NodeResumed: lambda _: (0,)},
         ),
         _Gauge(
-            "node_memory_limit_mib",
-            "Memory that the node may give to guests, in MiB.",
-            (),
-            {e.NodeLimited: lambda x: (x.memory_mib,)},
-        ),
-        _Gauge(
             "node_limits_generation",
             "Generation of the limits that the node keeps to.",
             (),
@@ -404,4 +418,28 @@ def _metrics() -> tuple[_Metric, ...]:
             {e.CleanupLate: lambda _: (1, "late"), e.CleanupFailed: lambda _: (1, "failed")},
         ),
         _Counter("defects", "Defects of this software.", (), {e.DefectFound: lambda _: (1,)}),
+    )
+
+
+def _observed() -> tuple[_Observed, ...]:
+    """What a node says of itself rather than what happened to it."""
+    return (
+        _Observed(
+            "guests",
+            "Guests: serving a call, ready in the pool (parked), or being made ready for it (making).",
+            ("workload", "state"),
+            lambda report: (
+                (count, each.name, state)
+                for each in report.workloads.values()
+                if each is not None
+                for state, count in (("serving", each.serving), ("parked", each.parked), ("making", each.making))
+            ),
+        ),
+        _Observed("memory_free_mib", "Memory that no guest has, in MiB.", (), lambda report: [(report.free_mib,)]),
+        _Observed(
+            "node_memory_limit_mib",
+            "Memory that the node may give to guests, in MiB.",
+            (),
+            lambda report: [(report.size_mib,)],
+        ),
     )

@@ -1,4 +1,4 @@
-"""What a daemon knows of itself, put together: a log, metrics and stories, all fed by the same events."""
+"""What a daemon knows of itself, put together: a log, metrics, stories and the present, all fed by the same events."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from msgspec import Struct
 
 from substrate_seam.events import Emit
+from substrate_service.live import Live
 from substrate_service.logs import event_log, library_logs_to
 from substrate_service.metrics import Metrics
 from substrate_service.sinks import fan_out
@@ -23,13 +24,15 @@ class Observed(Struct, frozen=True, kw_only=True):
     emit: Emit
     metrics: Metrics
     stories: Stories
+    live: Live
 
 
 @contextmanager
 def observed() -> Generator[Observed]:
     """Log to standard error, count and remember, for the length of the block."""
     metrics, stories = Metrics(), Stories(clock=time.time_ns)
+    live = Live(clock=time.monotonic, wall_ms=lambda: time.time_ns() // 1_000_000)
     with event_log(STDERR) as log:
-        emit = fan_out(log, metrics, stories.emit)
+        emit = fan_out(log, metrics, stories.emit, live)
         with library_logs_to(emit):
-            yield Observed(emit=emit, metrics=metrics, stories=stories)
+            yield Observed(emit=emit, metrics=metrics, stories=stories, live=live)

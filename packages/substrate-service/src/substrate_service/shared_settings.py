@@ -107,6 +107,19 @@ def read_front(reader: EnvironmentReader, prefix: str) -> FrontSettings:
     return settings
 
 
+def open_doors(front: FrontSettings, prefix: str) -> tuple[str, ...]:
+    """What stands open by these settings, in sentences for operators."""
+    doors = []
+    if front.tokens_file is None:
+        doors.append(
+            "Callers are not authenticated: whoever reaches the public listener may call. "
+            f"{prefix}TOKENS_FILE changes that."
+        )
+    if front.admin_token_file is None:
+        doors.append(f"Whoever has an account on this machine is an operator. {prefix}ADMIN_TOKEN_FILE changes that.")
+    return tuple(doors)
+
+
 def read_node(reader: EnvironmentReader, prefix: str, environment: Mapping[str, str]) -> NodeSettings:
     """The node's settings; problems stay in the reader. The node is called as the machine is, if nobody names it."""
     arch = _GO_ARCH.get(platform.machine(), platform.machine())

@@ -1,4 +1,4 @@
-"""The admin listener's application: reasons, metrics, and the story of each invocation."""
+"""The admin listener's application: reasons, metrics, the live state and its page, the story of each invocation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from substrate_cluster.ingress.hosts import HostRule, is_loopback
 from substrate_seam.errors import Reason
 from substrate_seam.events import Emit
 
-_JSON: Final = ((b"content-type", b"application/json"),)
+_JSON: Final = (
+    (b"content-type", b"application/json"),
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
 _METRICS: Final = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
 _STORIES: Final = "/v1/invocations/"
-_ROUTES: Final = "GET /healthz, /readyz, /metrics, /v1/invocations/{id} and /v1/audit"
+_ROUTES: Final = "GET / (a page), /healthz, /readyz, /metrics, /v1/live, /v1/invocations/{id} and /v1/audit"
+
+Page = tuple[tuple[tuple[bytes, bytes], ...], bytes]
+"""The fields and the bytes of a document."""
 
 
 def admin_app(
@@ -29,6 +37,8 @@ def admin_app(
     ready: ReadyReasons,
     metrics: Callable[[], bytes],
     story: Callable[[str], object | None],
+    live: Callable[[], object],
+    page: Page,
     journal: Callable[[], list[str]] | None = None,
     host: tuple[str, object] | None = None,
     authenticator: Authenticator | None,
@@ -41,27 +51,37 @@ def admin_app(
     Without an `authenticator` an operator is whoever calls from this machine. `metrics` gives the Prometheus text,
     `story` what is known of an invocation as something that can be JSON, or None; `journal` the lines `id attempt` that
     guests wrote before they acted, where a journal is kept; `host` what guests get from this host, in words and as
-    something that can be JSON, where it has guests.
+    something that can be JSON, where it has guests. `live` is the present as something that can be JSON, and `page`
+    draws it: the page itself knows nothing, so it is served without a token and asks its reader for one.
     """
     hosts = HostRule(allowed_hosts)
 
-    async def check_operator(exchange: Exchange) -> None:
+    def check_place(exchange: Exchange) -> list[bytes]:
+        """Refuse foreign pages, and without tokens other machines; the values of `Authorization`."""
         fields = sort_fields(exchange.scope["headers"])
         hosts.check(fields.ours)
-        client = exchange.scope.get("client")
-        if authenticator is not None:
-            await authenticator.authenticate(fields.ours.get(b"authorization", ()))
-        elif client is not None and not is_loopback(client[0]):  # a Unix socket has no client address
+        client = exchange.scope.get("client")  # a Unix socket has no client address
+        if authenticator is None and client is not None and not is_loopback(client[0]):
             raise refused(
                 Reason.FORBIDDEN, "forbidden", hint="From another machine this takes a token: see ADMIN_TOKEN_FILE."
             )
+        return fields.ours.get(b"authorization", [])
 
     def for_operators(handler: Handler) -> Handler:
         async def checked(exchange: Exchange) -> None:
-            await check_operator(exchange)
+            authorization = check_place(exchange)
+            if authenticator is not None:
+                await authenticator.authenticate(authorization)
             await handler(exchange)
 
         return checked
+
+    async def paged(exchange: Exchange) -> None:
+        check_place(exchange)
+        await exchange.answer(200, *page)
+
+    async def lived(exchange: Exchange) -> None:
+        await exchange.answer(200, _JSON, msgspec.json.encode(live()))
 
     async def readyz(exchange: Exchange) -> None:
         reasons = ready()
@@ -105,9 +125,11 @@ def admin_app(
 
     not_found = for_operators(nothing)
     routes = [
+        Route("/", endpoint(probe(paged, otherwise=not_found))),
         Route("/healthz", endpoint(probe(healthz, otherwise=not_found))),
         Route("/readyz", endpoint(probe(readyz, otherwise=not_found))),
         Route("/metrics", endpoint(probe(for_operators(exposed), otherwise=not_found))),
+        Route("/v1/live", endpoint(probe(for_operators(lived), otherwise=not_found))),
         Route("/v1/audit", endpoint(probe(for_operators(audited), otherwise=not_found))),
         Mount(_STORIES, endpoint(probe(for_operators(told_story), otherwise=not_found))),
     ]

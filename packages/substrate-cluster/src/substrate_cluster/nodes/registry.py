@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from substrate_cluster.placement.index import NodeIndex
 from substrate_seam.errors import SubstrateError
@@ -56,6 +58,16 @@ class Registry:
             return []
         draining = [f"node {node_id!r} is draining" for node_id in self._index.views]
         return [f"node {node_id!r} can't be heard: {why}" for node_id, why in self._lost.items()] + draining
+
+    @property
+    def lost(self) -> Mapping[str, str]:
+        """The nodes that can't be heard, and why."""
+        return self._lost
+
+    def reports(self) -> Iterator[NodeReport]:
+        """What each node that can be heard says of itself, put together from all its reports; good until the next."""
+        for view in self._index.views.values():
+            yield structs.replace(view.report, workloads=view.workloads, full=True)
 
     async def update(self, *, added: Iterable[Workload], removed: Iterable[str]) -> None:
         """Tell every node that can be heard of workloads (`added`) and digests (`removed`) of a new table."""
