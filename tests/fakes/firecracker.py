@@ -37,11 +37,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 
+if __name__ == "__main__":
+    sys.path.append(__file__.rpartition("/")[0])  # it is started without any path
+    import serde
+else:
+    from fakes import serde
 MIB = 1024 * 1024
 CONNECTIONS_MAX = 10
 VSOCK_CONNECTIONS_MAX = 1023
 LINE_BYTES_MAX = 1024
 BODY_BYTES_MAX = 51_200
+VCPUS_MAX = 32
+SMALLEST = {"vcpu_count": 1, "mem_size_mib": 128, "smt": False, "track_dirty_pages": False, "huge_pages": "None"}
+DRIVE_FIELDS = (
+    *("drive_id", "partuuid", "is_root_device", "cache_type", "is_read_only", "path_on_host"),
+    *("rate_limiter", "io_engine", "socket"),
+)
 HOST_PORT_FIRST, HOST_PORTS = 1 << 30, 1 << 30
 NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
 BEFORE_START = "The requested operation is not supported before starting the microVM."
@@ -50,49 +61,95 @@ MAGIC = b"FCDOUBLE"
 FAREWELL = "2026-01-01T00:00:00.000000000 [anonymous-instance:main] Firecracker exiting successfully. exit_code=0"
 RESTORE = "Load snapshot error: Failed to restore from snapshot: "
 
-# For each call: its fields, the required ones first with a `*`. Types are not looked at closer than this.
-NUMBER, TEXT, FLAG, ANY = (int,), (str,), (bool,), (object,)
-BODIES = {
-    "PUT machine-config": {
-        "*vcpu_count": NUMBER,
-        "*mem_size_mib": NUMBER,
-        "smt": FLAG,
-        "cpu_template": TEXT,
-        "track_dirty_pages": FLAG,
-        "huge_pages": TEXT,
-    },
-    "PUT boot-source": {"*kernel_image_path": TEXT, "initrd_path": TEXT, "boot_args": TEXT},
-    "PUT drives": {
-        "*drive_id": TEXT,
-        "*is_root_device": FLAG,
-        "path_on_host": TEXT,
-        "is_read_only": FLAG,
-        "partuuid": TEXT,
-        "cache_type": TEXT,
-        "io_engine": TEXT,
-        "rate_limiter": ANY,
-        "socket": TEXT,
-    },
-    "PUT vsock": {"vsock_id": TEXT, "*guest_cid": NUMBER, "*uds_path": TEXT},
-    "PUT entropy": {"rate_limiter": ANY},
-    "PUT actions": {"*action_type": TEXT},
-    "PATCH vm": {"*state": TEXT},
-    "PUT snapshot/create": {"*snapshot_path": TEXT, "*mem_file_path": TEXT, "snapshot_type": TEXT},
-    "PUT snapshot/load": {
-        "*snapshot_path": TEXT,
-        "mem_file_path": TEXT,
-        "mem_backend": ANY,
-        "enable_diff_snapshots": FLAG,
-        "track_dirty_pages": FLAG,
-        "resume_vm": FLAG,
-        "network_overrides": ANY,
-        "vsock_override": ANY,
-        "clock_realtime": FLAG,
-        "huge_pages": TEXT,
-    },
-    "PUT logger": {"log_path": TEXT, "level": TEXT, "show_level": FLAG, "show_log_origin": FLAG, "module": TEXT},
-    "PUT metrics": {"*metrics_path": TEXT, "emit_id": FLAG, "properties": ANY},
-    "PUT serial": {"serial_out_path": TEXT, "rate_limiter": ANY},
+
+def _records(version: str) -> dict[str, serde.Record]:
+    """What each call takes, by a release."""
+    backend = serde.Record(
+        "MemBackendConfig", {"*backend_path": serde.TEXT, "*backend_type": serde.OneOf("File", "Uffd")}
+    )
+    override = serde.Record("VsockOverride", {"*uds_path": serde.TEXT}, others=True)
+    text, flag, anything = (serde.Optional(kind) for kind in (serde.TEXT, serde.FLAG, serde.ANY))
+    pages = serde.OneOf("None", "2M")
+    load = {
+        "*snapshot_path": serde.TEXT,
+        "mem_file_path": text,
+        "mem_backend": serde.Optional(backend),
+        "enable_diff_snapshots": serde.FLAG,
+        "track_dirty_pages": serde.FLAG,
+        "resume_vm": serde.FLAG,
+        "network_overrides": serde.ANY,
+        "vsock_override": serde.Optional(override),
+        "clock_realtime": serde.FLAG,
+        "huge_pages": pages,
+    }
+    machine = {
+        "vcpu_count": serde.U8,
+        "mem_size_mib": serde.USIZE,
+        "smt": serde.FLAG,
+        "cpu_template": serde.Optional(serde.OneOf("C3", "T2", "T2S", "T2CL", "T2A", "V1N1", "None")),
+        "track_dirty_pages": serde.FLAG,
+        "huge_pages": pages,
+    }
+    drive = {
+        "*drive_id": serde.TEXT,
+        "partuuid": text,
+        "*is_root_device": serde.FLAG,
+        "cache_type": serde.OneOf("Unsafe", "Writeback"),
+        "is_read_only": flag,
+        "path_on_host": text,
+        "rate_limiter": anything,
+        "io_engine": serde.Optional(serde.OneOf("Async", "Sync")),
+        "socket": text,
+    }
+    level = serde.Optional(serde.Level())
+    required = {f"*{name}" if name in ("vcpu_count", "mem_size_mib") else name: kind for name, kind in machine.items()}
+    return {
+        "PUT machine-config": serde.Record("MachineConfig", required),
+        "PATCH machine-config": serde.Record("MachineConfigUpdate", machine),
+        "PUT boot-source": serde.Record(
+            "BootSourceConfig", {"*kernel_image_path": serde.TEXT, "initrd_path": text, "boot_args": text}
+        ),
+        "PUT drives": serde.Record("BlockDeviceConfig", drive),
+        "PATCH drives": serde.Record(
+            "BlockDeviceUpdateConfig", {"*drive_id": serde.TEXT, "path_on_host": text, "rate_limiter": anything}
+        ),
+        "PUT vsock": serde.Record(
+            "VsockDeviceConfig", {"vsock_id": text, "*guest_cid": serde.U32, "*uds_path": serde.TEXT}
+        ),
+        "PUT entropy": serde.Record("EntropyDeviceConfig", {"rate_limiter": anything}),
+        "PUT actions": serde.Record(
+            "ActionBody", {"*action_type": serde.OneOf("FlushMetrics", "InstanceStart", "SendCtrlAltDel")}
+        ),
+        "PATCH vm": serde.Record("Vm", {"*state": serde.OneOf("Paused", "Resumed")}),
+        "PUT snapshot/create": serde.Record(
+            "CreateSnapshotParams",
+            {
+                "snapshot_type": serde.OneOf("Diff", "Full"),
+                "*snapshot_path": serde.TEXT,
+                "*mem_file_path": serde.TEXT,
+            },
+        ),
+        "PUT snapshot/load": serde.Record(
+            "LoadSnapshotConfig", {name: kind for name, kind in load.items() if _known(name, version)}
+        ),
+        "PUT logger": serde.Record(
+            "LoggerConfig",
+            {"log_path": text, "level": level, "show_level": flag, "show_log_origin": flag, "module": text},
+        ),
+        "PUT metrics": serde.Record(
+            "MetricsConfig",
+            {"*metrics_path": serde.TEXT, "emit_id": serde.FLAG, "properties": serde.ANY},
+            others=True,
+        ),
+        "PUT serial": serde.Record("SerialConfig", {"serial_out_path": text, "rate_limiter": anything}),
+    }
+
+
+DEPRECATED = {
+    "PUT vsock": ("vsock_id",),
+    "PUT machine-config": ("cpu_template",),
+    "PATCH machine-config": ("cpu_template",),
+    "PUT snapshot/load": ("mem_file_path", "enable_diff_snapshots"),
 }
 SINCE = {"vsock_override": (1, 16, 0), "huge_pages": (1, 17, 0)}  # fields of a load
 
@@ -230,9 +287,10 @@ class Machine:
         self.snapshot_version = config.get("snapshot_version", "12.0.0")
         self.faults = faults
         self.uds = ""
-        self.config: dict = {"machine-config": {"vcpu_count": 1, "mem_size_mib": 128}, "drives": {}}
+        self.config: dict = {"machine-config": SMALLEST, "drives": {}}
         self.guest: Guest | None = None
         self._configured = False
+        self._metered = False
         self._restored = False
         self._wedged = False
         self._captured_since_pause = False
@@ -268,23 +326,38 @@ class Machine:
             case "GET", ["version"]:
                 return {"firecracker_version": self.version}
             case "GET", ["machine-config"]:
-                return {"smt": False, "track_dirty_pages": False, "huge_pages": "None"} | self.config["machine-config"]
+                return self.config["machine-config"]
             case "GET", ["vm", "config"]:
-                return self.config | {"drives": list(self.config["drives"].values())}
+                return self._configuration()
+            case "GET", ["mmds"]:
+                return {}
+            case "GET", ["balloon"]:
+                raise Fault("Balloon config error: No balloon device found.")
             case "PUT", ["logger"]:
                 self._before_start()
-                self._open_log(body.get("log_path"), body.get("level", "Info"))
-            case "PUT", ["metrics" | "serial"]:
+                self._open_log(body.get("log_path"), body.get("level") or "Info")
+            case "PUT", ["metrics"]:
                 self._before_start()
-            case "PUT", ["machine-config" | "entropy" as part]:
-                self._configure(part, body)
+                self._open_metrics(body["metrics_path"])
+            case "PUT", ["serial"]:
+                self._before_start()
+            case "PUT" | "PATCH", ["machine-config"]:
+                self._before_start(configuring=True)
+                self.config["machine-config"] = self._sized(body, replaced=method == "PUT")
+            case "PUT", ["entropy"]:
+                self._before_start(configuring=True)
+                self.config["entropy"] = {"rate_limiter": None} | body
             case "PUT", ["boot-source"]:
                 self._configure_boot(body)
             case "PUT", ["drives", drive_id]:
                 self._configure_drive(drive_id, body)
             case "PUT", ["vsock"]:
-                self._configure("vsock", body)
+                self._before_start(configuring=True)
                 self._bind(body["uds_path"], "Vsock config error: Cannot create backend for vsock device: ")
+                self.config["vsock"] = {"guest_cid": body["guest_cid"], "uds_path": body["uds_path"]}
+            case "PATCH" | "DELETE", ["drives", _]:
+                if self.state == NOT_STARTED:
+                    raise Fault(BEFORE_START)
             case "PUT", ["actions"]:
                 self._act(body["action_type"])
             case "PATCH", ["vm"]:
@@ -295,42 +368,86 @@ class Machine:
                 self._load(body)
         return None
 
-    def _before_start(self) -> None:
+    def _before_start(self, *, configuring: bool = False) -> None:
         if self.state != NOT_STARTED:
             raise Fault(AFTER_START)
+        self._configured |= configuring  # an attempt counts, whatever comes of it
 
-    def _configure(self, part: str, body: dict) -> None:
-        self._before_start()
-        self._configured = True
-        self.config[part] = body
+    def _sized(self, body: dict, *, replaced: bool) -> dict:
+        size = SMALLEST | body if replaced else self.config["machine-config"] | body
+        vcpus, large = size["vcpu_count"], size["huge_pages"] == "2M"
+        if not 0 < vcpus <= VCPUS_MAX or (size["smt"] and vcpus > 1 and vcpus % 2):
+            raise Fault(
+                "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 or an "
+                "even number if SMT is enabled."
+            )
+        if size["mem_size_mib"] == 0 or (large and size["mem_size_mib"] % 2):
+            raise Fault(
+                "Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured page "
+                "size."
+            )
+        return {name: size[name] for name in SMALLEST}
+
+    def _configuration(self) -> dict:
+        """All that is configured, with null for what is not."""
+        drives = [dict.fromkeys(DRIVE_FIELDS) | drive for drive in self.config["drives"].values()]
+        boot = {"kernel_image_path": "", "initrd_path": None, "boot_args": None} | self.config.get("boot-source", {})
+        return {
+            "balloon": None,
+            "drives": drives,
+            "boot-source": boot,
+            "cpu-config": None,
+            "logger": None,
+            "machine-config": self.config["machine-config"],
+            "metrics": None,
+            "mmds-config": None,
+            "network-interfaces": [],
+            "vsock": self.config.get("vsock"),
+            "entropy": self.config.get("entropy"),
+            "pmem": [],
+            "memory-hotplug": None,
+        }
 
     def _configure_boot(self, body: dict) -> None:
-        self._configure("boot-source", body)
-        for field, what in (("kernel_image_path", "kernel"), ("initrd_path", "initrd")):
-            if field in body:
-                _readable(body[field], f"Boot source error: The {what} file cannot be opened: ")
+        self._before_start(configuring=True)
+        _readable(body["kernel_image_path"], "Boot source error: The kernel file cannot be opened: ")
+        if body.get("initrd_path") is not None:
+            why = "Boot source error: The initrd file cannot be opened due to invalid path or invalid permissions. "
+            _readable(body["initrd_path"], why)
+        self.config["boot-source"] = body
 
     def _configure_drive(self, drive_id: str, body: dict) -> None:
         if drive_id != body["drive_id"]:
             raise Fault("The id from the path does not match the id from the body!")
-        self._before_start()
-        self._configured = True
-        _readable(
-            body["path_on_host"],
-            "Drive config error: Unable to create the virtio block device: Virtio backend error: "
-            "Error manipulating the backing file: ",
-            f" {body['path_on_host']}",
-        )
-        self.config["drives"][drive_id] = body
+        self._before_start(configuring=True)
+        others = [drive for name, drive in self.config["drives"].items() if name != drive_id]
+        if body["is_root_device"] and any(drive["is_root_device"] for drive in others):
+            raise Fault("Drive config error: A root block device already exists!")
+        why = "Drive config error: Unable to create the virtio block device: "
+        if body.get("path_on_host") is None:
+            raise Fault(f"{why}Invalid block config.")
+        path = body["path_on_host"]
+        _readable(path, f"{why}Virtio backend error: Error manipulating the backing file: ", f" {path}")
+        usual = {"is_read_only": False, "cache_type": "Unsafe", "io_engine": "Sync"}
+        self.config["drives"][drive_id] = usual | body
+
+    def _open_metrics(self, path: str) -> None:
+        why = "Metrics error: Cannot initialize the metrics system due to bad user input: "
+        if self._metered:
+            raise Fault(f"{why}Reinitialization of metrics not allowed.")
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600))
+        except OSError as error:
+            raise Fault(f"{why}{_os_error(error)}") from error
+        self._metered = True
 
     def _act(self, action: str) -> None:
         if action == "InstanceStart":
             self._before_start()
             if "boot-source" not in self.config:
                 raise Fault("Start microvm error: Cannot start microvm without kernel configuration.")
-            root = next(drive for drive in self.config["drives"].values() if drive["is_root_device"])
-            with open(root["path_on_host"]) as rootfs:
-                self._run(json.loads(rootfs.read()))
+            roots = [drive["path_on_host"] for drive in self.config["drives"].values() if drive["is_root_device"]]
+            self._run(_program(roots[0]) if roots else {})  # a kernel without one panics, and that is the guest's end
             return
         if self.state == NOT_STARTED:
             raise Fault(BEFORE_START)
@@ -392,9 +509,9 @@ class Machine:
         saved = self._saved_state(body["snapshot_path"])
         self.config = saved["config"]
         self._host_port = saved["host_port"]
-        for override in body.get("network_overrides", []):
+        for override in body.get("network_overrides") or []:
             raise Fatal(f"{RESTORE}Failed to get snapshot state from file: Unknown Network Device. {override}"[:-3])
-        if "vsock_override" in body:
+        if body.get("vsock_override") is not None:
             if "vsock" not in self.config:
                 raise Fatal(f"{RESTORE}Failed to get snapshot state from file: Unknown Vsock Device.")
             self.config["vsock"]["uds_path"] = body["vsock_override"]["uds_path"]
@@ -424,6 +541,8 @@ class Machine:
         bad = f"{where}Failed to load snapshot state from file: "
         if len(data) < 8:
             raise Fatal(f"{bad}IO Error: File too short to contain CRC")
+        if not data.startswith(MAGIC):
+            raise Fatal(f"{bad}An error occurred during bitcode serialization: bitcode error")
         head, _, rest = data.partition(b"\n")
         if head.removeprefix(MAGIC) != self.snapshot_version.encode():
             raise Fatal(f"{bad}Invalid data version: {head.removeprefix(MAGIC).decode(errors='replace')}")
@@ -569,6 +688,7 @@ class Machine:
 
     def _open_log(self, path: str | None, level: str) -> None:
         self._level = {"warn": "Warning"}.get(level.lower(), level.capitalize())
+        assert self._level in _LEVELS
         if path is None:
             return
         try:
@@ -592,6 +712,15 @@ class _fatal:  # noqa: N801  # reads as the statement that it is
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, Fault):
             raise Fatal(f"{self._prefix}{error}") from error
+
+
+def _program(rootfs: str) -> dict:
+    """What is to run in the guest's place; a file that is none of ours has nothing to run."""
+    with open(rootfs) as file:
+        try:
+            return json.loads(file.read())
+        except ValueError:
+            return {}
 
 
 def _os_error(error: OSError) -> str:
@@ -629,6 +758,7 @@ class Api:
 
     def __init__(self, machine: Machine, journal: str | None) -> None:
         self._machine = machine
+        self._records = _records(machine.version)
         self._journal = journal
         self._turn = threading.Lock()
         self._open = 0
@@ -667,14 +797,15 @@ class Api:
 
     def _converse(self, sock: socket.socket) -> None:
         try:
-            with sock, sock.makefile("rb") as lines, suppress(OSError, EOFError):
+            with sock, suppress(OSError, EOFError):
+                requests = Requests(sock)
                 while True:
                     try:
-                        request = _read_request(lines)
+                        request = requests.read()
                     except Spoiled as spoiled:
                         text = f"{spoiled}\nAll previous unanswered requests will be dropped."
                         sock.sendall(_reply(400, f'{{ "error": "{text}" }}'))
-                        return  # a client has to close it as well
+                        continue
                     with self._turn:
                         self._answer(sock, *request)
         finally:
@@ -688,68 +819,131 @@ class Api:
         if fault and fault["do"] == "close":
             sock.close()
             raise EOFError
-        ending, answer, status = False, None, 204
+        ending, answer, body = False, None, None
         try:
             if fault and fault["do"] == "fail":
                 raise Fault(fault["message"])
-            answer = self._machine.call(method, path, _checked_body(method, path, raw, self._machine.version))
+            body = _checked_body(method, path, raw, self._records)
+            answer = self._machine.call(method, path, body)
         except Fault as wrong:
             status, answer, ending = 400, {"fault_message": str(wrong)}, isinstance(wrong, Fatal)
         else:
             status = 204 if answer is None else 200
         self._note(method, path, raw, status, answer)
         suffer(self._machine.faults.draw(endpoint, after=True))
-        sock.sendall(_reply(status, None if answer is None else json.dumps(answer, separators=(",", ":"))))
+        name = f"{method} {path if path.startswith('snapshot') else path.split('/', maxsplit=1)[0]}"
+        deprecated = any((body or {}).get(field) is not None for field in DEPRECATED.get(name, ()))
+        text = None if answer is None else json.dumps(answer, separators=(",", ":"), ensure_ascii=False)
+        sock.sendall(_reply(status, text, deprecated=deprecated))
         if ending:
             self._machine.log("main", "Firecracker exiting with error. exit_code=1", "Error")
             os._exit(1)
 
     def _note(self, method: str, path: str, raw: bytes, status: int, answer: dict | None) -> None:
         if self._journal is not None:
-            body = json.loads(raw) if raw else None
+            try:
+                body = json.loads(raw) if raw else None
+            except ValueError:
+                body = raw.decode(errors="replace")
             noted = {"id": self._machine.id, "method": method, "path": f"/{path}", "body": body}
             with open(self._journal, "ab", buffering=0) as file:
                 file.write(json.dumps(noted | {"status": status, "answer": answer}).encode() + b"\n")
 
 
-def _read_request(lines: socket.SocketIO) -> tuple[str, str, bytes]:
-    """Method, path without leading slashes, body. Raises `EOFError` at the end, `Spoiled` for what is none."""
-    head = []
-    while (line := lines.readline(LINE_BYTES_MAX + 1)) not in (b"\r\n", b""):
-        if len(line) > LINE_BYTES_MAX:
-            raise Spoiled("Invalid header. Reason: Header line exceeded.")
-        head.append(line.decode("latin-1").strip())
-    if not line:
-        raise EOFError
-    try:
-        method, target, version = head[0].split(" ")
-    except (ValueError, IndexError):
-        raise Spoiled("Invalid request.") from None
-    if method not in ("GET", "PUT", "PATCH", "DELETE"):
-        raise Spoiled("Invalid HTTP Method: Unsupported HTTP method.")
-    if version not in ("HTTP/1.0", "HTTP/1.1"):
-        raise Spoiled("Invalid HTTP Version: Unsupported HTTP version.")
-    fields = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in head[1:])}
-    length = int(fields.get("content-length", "0"))
-    if length > BODY_BYTES_MAX:
-        raise Spoiled(
-            f"Request payload with size {length} is larger than the limit of {BODY_BYTES_MAX} allowed by server."
-        )
-    path = re.sub(r"^http://[^/]*", "", target).strip("/")
-    return method, path, lines.read(length)
+class Requests:
+    """What a connection says, read in pieces of 1 KiB; after a bad header the next line counts as one, too."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = b""
+        self._asked: tuple[str, str] | None = None
+        self._fields: dict[str, str] = {}
+
+    def read(self) -> tuple[str, str, bytes]:
+        """Method, path without leading slashes, body. Raises `EOFError` at the end, `Spoiled` for what is none."""
+        try:
+            if self._asked is None:
+                self._asked, self._fields = self._request_line(), {}
+            while line := self._line():
+                self._field(line)
+            length = int(self._fields.get("content-length", "0"))
+            if length > BODY_BYTES_MAX:
+                self._asked = None
+                raise Spoiled(
+                    f"Request payload with size {length} is larger than the limit of {BODY_BYTES_MAX} allowed by "
+                    "server."
+                )
+        except Spoiled:
+            self._buffer = b""
+            raise
+        if length and self._fields.get("expect") == "100-continue":
+            self._sock.sendall(b"HTTP/1.1 100 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n")
+        while len(self._buffer) < length:
+            self._hear(BODY_BYTES_MAX)
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        (method, path), self._asked = self._asked, None
+        return method, path, body
+
+    def _request_line(self) -> tuple[str, str]:
+        try:
+            method, target, version = self._line().decode("latin-1").split(" ", 2)
+        except ValueError:
+            raise Spoiled("Invalid request.") from None
+        if method not in ("GET", "PUT", "PATCH", "DELETE"):
+            raise Spoiled("Invalid HTTP Method: Unsupported HTTP method.")
+        if not target:
+            raise Spoiled("Invalid URI: Empty URI not allowed.")
+        if version not in ("HTTP/1.0", "HTTP/1.1"):
+            raise Spoiled("Invalid HTTP Version: Unsupported HTTP version.")
+        return method, re.sub(r"^http://[^/]*", "", target).strip("/")
+
+    def _field(self, line: bytes) -> None:
+        name, colon, value = line.decode("latin-1").partition(":")
+        value = value.strip()
+        if not colon:
+            raise Spoiled(f"Invalid header. Reason: Header is incorrectly formatted. Key: {name}")
+        refused = None
+        if name.lower() == "content-length" and not re.fullmatch(r"[0-9]{1,9}", value):
+            refused = value
+        if name.lower() == "accept-encoding":
+            refused = next((each.strip() for each in value.split(",") if _REFUSES_PLAIN.fullmatch(each)), None)
+        if refused is not None:
+            raise Spoiled(
+                f"Invalid header. Reason: Invalid value. Key:{name}; Value:{f' {refused}' if refused else ''}"
+            )
+        self._fields[name.lower()] = value
+
+    def _line(self) -> bytes:
+        while b"\r\n" not in self._buffer:
+            if len(self._buffer) >= LINE_BYTES_MAX:
+                raise Spoiled("Invalid request.")
+            self._hear(LINE_BYTES_MAX - len(self._buffer))
+        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        return line
+
+    def _hear(self, most: int) -> None:
+        data = self._sock.recv(most)
+        if not data:
+            raise EOFError
+        self._buffer += data
 
 
-def _reply(status: int, body: str | None) -> bytes:
+_REFUSES_PLAIN = re.compile(r"\s*(identity|\*)\s*;\s*q=0(\.0*)?\s*")
+
+
+def _reply(status: int, body: str | None, *, deprecated: bool = False) -> bytes:
     head = f"HTTP/1.1 {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n"
+    if deprecated:
+        head += "Deprecation: true\r\n"
     if body is not None:
         head += f"Content-Type: application/json\r\nContent-Length: {len(body.encode())}\r\n"
     return f"{head}\r\n{body or ''}".encode()
 
 
-_GETS = ("", "version", "machine-config", "vm/config")
+_GETS = ("", "version", "machine-config", "vm/config", "mmds", "balloon")
 
 
-def _checked_body(method: str, path: str, raw: bytes, version: str) -> dict | None:
+def _checked_body(method: str, path: str, raw: bytes, records: dict[str, serde.Record]) -> dict | None:
     """The body of a request that the API knows. Raises `Fault` for any other."""
     parts = path.split("/")
     if method == "GET" and path in _GETS:
@@ -759,56 +953,37 @@ def _checked_body(method: str, path: str, raw: bytes, version: str) -> dict | No
     if path == "snapshot":
         raise Fault("Missing snapshot operation type.")
     name = f"{method} {path if parts[0] == 'snapshot' else parts[0]}"
-    if name not in BODIES or len(parts) != (2 if parts[0] in ("snapshot", "drives") else 1):
-        raise Fault(f"Invalid request method and/or path: {method} {parts[0]}.")
-    if parts[0] == "drives":
-        if not parts[1]:
+    if parts[0] == "drives" and method != "GET":
+        if len(parts) == 1:
             raise Fault("The ID cannot be empty.")
         if not re.fullmatch(r"[A-Za-z0-9_]+", parts[1]):
             raise Fault("API Resource IDs can only contain alphanumeric characters and underscores.")
+        if method == "DELETE":
+            if raw:
+                raise Fault("Empty Delete request.")
+            return None
+    if name not in records or len(parts) != (2 if parts[0] in ("snapshot", "drives") else 1):
+        known = parts[0] == "snapshot" and method == "PUT" and len(parts) == 2
+        raise Fault(f"Invalid request method and/or path: {method} {f'/{path}' if known else parts[0]}.")
     if not raw:
         raise Fault(f"Empty {method} request.")
-    return _deserialized(name, raw, version)
-
-
-def _deserialized(name: str, raw: bytes, version: str) -> dict:
-    fields = {field.lstrip("*"): kind for field, kind in BODIES[name].items()}
-    if name == "PUT snapshot/load":
-        fields = {field: kind for field, kind in fields.items() if _known(field, version)}
     try:
-        body = json.loads(raw)
-    except ValueError as error:
-        raise _serde(str(error)) from error
-    if not isinstance(body, dict):
-        raise _serde("invalid type: expected struct")
-    expected = ", ".join(f"`{field}`" for field in fields)
-    for field, value in body.items():
-        if field not in fields:
-            raise _serde(f"unknown field `{field}`, expected one of {expected} at line 1 column {len(raw)}")
-        if not isinstance(value, fields[field]) or (isinstance(value, bool) and fields[field] == NUMBER):
-            raise _serde(f"invalid type for `{field}` at line 1 column {len(raw)}")
-    for field in BODIES[name]:
-        if field.startswith("*") and field[1:] not in body:
-            raise _serde(f"missing field `{field[1:]}` at line 1 column {len(raw)}")
-    _check_variants(name, body)
+        body = serde.read(raw.decode(errors="replace"), records[name])
+    except serde.Refused as refused:
+        raise _serde(str(refused)) from refused
+    if name == "PATCH machine-config" and not body:
+        raise Fault("Empty PATCH request.")
+    if name == "PUT snapshot/load":
+        _check_backend(body)
     return body
 
 
-def _check_variants(name: str, body: dict) -> None:
-    allowed = {
-        "PUT actions": ("action_type", ("InstanceStart", "FlushMetrics", "SendCtrlAltDel")),
-        "PATCH vm": ("state", ("Paused", "Resumed")),
-        "PUT snapshot/create": ("snapshot_type", ("Full", "Diff")),
-    }
-    if name in allowed:
-        field, variants = allowed[name]
-        if body.get(field, variants[0]) not in variants:
-            raise _serde(f"unknown variant `{body[field]}`, expected one of {', '.join(f'`{v}`' for v in variants)}")
-    if name == "PUT snapshot/load" and ("mem_backend" in body) == ("mem_file_path" in body):
-        many = "too many fields: either `mem_backend` or `mem_file_path` exclusively is required"
-        raise _serde(
-            many if "mem_backend" in body else "missing field: either `mem_backend` or `mem_file_path` is required"
-        )
+def _check_backend(body: dict) -> None:
+    backends = [field for field in ("mem_backend", "mem_file_path") if body.get(field) is not None]
+    if not backends:
+        raise _serde("missing field: either `mem_backend` or `mem_file_path` is required")
+    if len(backends) > 1:
+        raise _serde("too many fields: either `mem_backend` or `mem_file_path` exclusively is required")
 
 
 def _known(field: str, version: str) -> bool:

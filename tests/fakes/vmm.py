@@ -280,6 +280,7 @@ class FakeGuest:
         self.address = f"{vmm.root}/{guest_id}/v.sock"
         self.workload = workload
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self.console = ""
         self.told: dict[str, object] | None = None
         """What the last `POST /shim/restored` said."""
         self._vmm = vmm

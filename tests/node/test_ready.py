@@ -175,6 +175,23 @@ def test_nobody_waits_for_a_guest_that_has_died(workload: Workload, at: At):
     simulated(story)
 
 
+def test_a_guest_that_is_given_up_tells_what_its_console_said_last():
+    """Last, where it is read, and the end of it."""
+
+    async def story(ward: Ward) -> str:
+        guest = await ward.booted(FOREIGN)
+        guest.console = "booting\nno such interpreter\n"
+        ward.faults.on(At.READY, fail="not yet", times=None)
+        contact = Contact(guest)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await contact.make_ready(FOREIGN, mint(ward.dice), contact_cap_s=None, restored=False)
+        return contact.words
+
+    words = simulated(story)
+    assert words == "; /shim/ready answered 503 after saying:\nbooting\nno such interpreter"
+
+
 def started(fault: Callable[[Faults], None], workload: Workload, *, base: bool = False, **options: Any) -> str:
     """What is said of a start that fails."""
 

@@ -228,6 +228,7 @@ def test_a_load_after_configuration_is_refused_and_the_process_lives(firecracker
     [
         (lambda cwd: (cwd / "state").unlink(), "Failed to open snapshot file: No such file or directory (os error 2)"),
         (lambda cwd: (cwd / "state").write_bytes(b"x"), "IO Error: File too short to contain CRC"),
+        (lambda cwd: (cwd / "state").write_bytes(bytes(range(256))), "bitcode serialization: bitcode error"),
         (lambda cwd: (cwd / "state").write_bytes(b"FCDOUBLE9.0.0\n{}12345678"), "Invalid data version: 9.0.0"),
         (lambda cwd: (cwd / "state").write_bytes(b"FCDOUBLE12.0.0\n{}12345678"), "CRC64 validation failed"),
         (lambda cwd: (cwd / "memory").unlink(), "Failed to load guest memory: No such file or directory (os error 2)"),

@@ -12,6 +12,7 @@ from node.fcvm.test_node import Bench
 from substrate_guest import isolation
 from substrate_node.fcvm import FirecrackerVmm, MicroVmRules
 from substrate_node.host import hosted_node
+from substrate_node.images.store import locked
 from substrate_node.vmm import VmmError
 from substrate_seam.errors import GuestUnavailable
 from substrate_seam.events import Event, OrphanRemoved, WarningRaised
@@ -91,6 +92,18 @@ async def test_what_an_earlier_daemon_left_is_told(tmp_path: Path):
         (told,) = [event.message for event in events if isinstance(event, WarningRaised) and "base" in event.message]
         assert told.startswith("base b1 is removed: its manifest can't be read")
         assert not left.exists()
+
+
+async def test_what_a_build_of_an_image_left_when_it_was_killed_is_gone_at_the_start(tmp_path: Path):
+    """One that is still going on is left alone."""
+    images = tmp_path / "state" / "images" / "sha256"
+    for key in ("dead", "alive"):
+        (images / f".building-{key}" / "half").mkdir(parents=True)
+    (tmp_path / "state").chmod(0o700)
+    with locked(images / ".lock-alive", waiting=None) as ours:
+        assert ours
+        async with hosted(settings(Double(tmp_path / "bin"), tmp_path), []):
+            assert [path.name for path in images.glob(".building-*")] == [".building-alive"]
 
 
 async def test_without_firecracker_a_rootfs_is_refused_and_leftovers_go_all_the_same(tmp_path: Path):

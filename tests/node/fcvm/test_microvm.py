@@ -234,6 +234,27 @@ async def test_the_end_of_a_guest_is_told_with_the_end_of_its_console(rig: Micro
     await rig.vmm.discard("g1")
 
 
+@pytest.mark.parametrize("ends", ["killed", "gave up"])
+async def test_the_console_comes_last_unless_firecracker_itself_failed(ends: str, rig: MicroVmRig):
+    """The end is what is read: its log has lines of routine, and the reason only where it gave up."""
+    rig.double.set({"on": "PATCH /vm", "do": "die", "code": 1})
+    guest = await rig.vmm.boot(rig.workload, "g1", NOBODY)
+    await ask(guest, "/flood/1")
+    with (rig.run / "g1" / "log").open("w") as log:
+        log.write("routine\n")
+    assert guest.console
+    if ends == "killed":
+        await guest.kill()
+    else:
+        with pytest.raises(VmmError):
+            await rig.vmm.capture(rig.workload, guest, "b1")
+        await rig.vmm.discard_base(Base(base_id="b1", input_key=await rig.vmm.input_key(rig.workload)))
+    told = (await asyncio.wait_for(asyncio.shield(guest.exited), WITHIN_S)).console.splitlines()
+    assert (told[0] if ends == "killed" else told[-1]) == "routine"
+    assert len(told) > 1
+    await rig.vmm.discard("g1")
+
+
 async def test_a_flooded_console_keeps_its_end_and_no_more(rig: MicroVmRig):
     """Nothing of it is on the disk."""
     guest = await rig.vmm.boot(rig.workload, "g1", NOBODY)

@@ -12,8 +12,10 @@ from typing import Literal, Protocol, TextIO
 from msgspec import Struct
 
 from substrate_node.fcvm import DEFAULT_BOOT_ARGS, FirecrackerVmm, MicroVmRules, outfitted, sweep_orphans
+from substrate_node.images import ImageStore
 from substrate_node.memory import default_memory_mib
 from substrate_node.node import LocalNode, NodeIdentity, NodeTimes
+from substrate_node.offloop import off_loop
 from substrate_node.procvm import IsolationReport, ProcessVmm
 from substrate_node.ready import IdentityMint
 from substrate_node.state import StateRoot, default_state_root, locked_state_root
@@ -106,6 +108,7 @@ async def hosted_node(
     async with AsyncExitStack() as held:
         files = held.enter_context(ExitStack())
         root = files.enter_context(locked_state_root(place, boot_id=boot_id, setting=f"{prefix}STATE_ROOT"))
+        await off_loop(ImageStore(root.images).sweep)
         journal = _open_journal(settings.audit_journal, files)
         microvms = await _firecracker_vmm(
             microvm_rules(settings, daemon, audited=journal is not None), root, held, emit=emit

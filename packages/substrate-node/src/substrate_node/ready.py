@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import msgspec
 
-from substrate_node.vmm import CONTROL_PORT, DATA_PORT, Guest, boot_id_of
+from substrate_node.vmm import CONTROL_PORT, DATA_PORT, Exit, Guest, boot_id_of
 from substrate_node.vsockhttp import Exchange, request_head
 from substrate_seam.errors import GuestFailed, SubstrateError
 from substrate_seam.workload import Workload
@@ -76,10 +76,11 @@ class Contact:
 
     @property
     def words(self) -> str:
-        """How the guest ended, if it did, and what its console said last; else what it last answered, if anything."""
-        if not self._guest.exited.done():
-            return f"; {self._said}" if self._said else ""
-        return f"; it ended with {self._guest.exited.result().told}"
+        """How the guest ended, or what it last answered, if anything; and last, what its console said last."""
+        if self._guest.exited.done():
+            return f"; it ended with {self._guest.exited.result().told}"
+        so_far = Exit(self._said or "it runs", self._guest.console)
+        return f"; {so_far.told}" if self._said or so_far.console.strip() else ""
 
     async def last_words(self) -> str:
         """`words`, after a moment in which the cause of a death may still be told."""

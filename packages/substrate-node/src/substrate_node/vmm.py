@@ -55,7 +55,8 @@ class Exit(Struct, frozen=True):
         """Both as callers and operators are told: a console of several lines begins on a line of its own."""
         said = self.console.strip()
         if len(said) > SAID_CHARACTERS_MAX:
-            said = "…" + said[-SAID_CHARACTERS_MAX:].partition("\n")[2]
+            tail = said[-SAID_CHARACTERS_MAX:]
+            said = "…" + (tail.partition("\n")[2] or tail)
         if not said:
             return self.words
         return f"{self.words} after saying:{chr(10) if chr(10) in said else ' '}{said}"
@@ -93,6 +94,11 @@ class Guest(Protocol):
 
         Raises `OSError` when nobody listens: no byte has reached the guest then.
         """
+        ...
+
+    @property
+    def console(self) -> str:
+        """The end of what it has written to its console so far."""
         ...
 
     def sample(self) -> Sample:

@@ -110,6 +110,11 @@ class MicroVm:
         with peer_address(self.root / VSOCK) as address:
             return (await asyncio.get_running_loop().create_unix_connection(protocol, address))[1]
 
+    @property
+    def console(self) -> str:
+        """See `Guest.console`."""
+        return self._console.text
+
     def sample(self) -> Sample:
         """See `Guest.sample`. Peak memory includes the pages of the base that it shares with other guests."""
         return Sample(None, None) if self.exited.done() else sampled_alone(self._family.pid)
@@ -135,8 +140,8 @@ class MicroVm:
     def _on_end(self, ended: asyncio.Future[int]) -> None:
         for resource in (self._console, self._log, self._listeners, self._api):
             resource.close()
-        said = [self._console.text, self._log.text]
-        if ended.result() == 0:  # the guest's own doing: what it said is what matters, and the end is what is read
+        said = [self._log.text, self._console.text]  # the end is what is read
+        if os.waitstatus_to_exitcode(ended.result()) > 0:  # Firecracker's own doing, and its log says why
             said.reverse()
         self.exited.set_result(Exit(_meaning(ended.result()), "\n".join(filter(None, said))))
 

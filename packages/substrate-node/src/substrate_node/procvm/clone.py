@@ -86,6 +86,11 @@ class Clone:
         with self._directory.address() as address:
             return (await asyncio.get_running_loop().create_unix_connection(protocol, address))[1]
 
+    @property
+    def console(self) -> str:
+        """See `Guest.console`."""
+        return self._console.text
+
     def sample(self) -> Sample:
         """See `Guest.sample`, and `usage.sampled` for what is counted."""
         if self.pid is None or self.exited.done():

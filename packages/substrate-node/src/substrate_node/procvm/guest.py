@@ -88,6 +88,11 @@ class ProcessGuest:
         with self._directory.address() as address:
             return (await asyncio.get_running_loop().create_unix_connection(protocol, address))[1]
 
+    @property
+    def console(self) -> str:
+        """See `Guest.console`."""
+        return self._launch.console.text if self._launch is not None else ""
+
     def sample(self) -> Sample:
         """See `Guest.sample`, and `usage.sampled` for what is counted."""
         pid = self._launch.pid if self._launch is not None else None
