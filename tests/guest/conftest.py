@@ -58,7 +58,7 @@ def start(tmp_path) -> Iterator[Callable[..., Guest]]:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "substrate_guest", *(command or ("serve", target, *options))],
                     cwd=directory,
-                    env=os.environ
+                    env={name: value for name, value in os.environ.items() if not name.startswith("SUBSTRATE_")}
                     | {"SUBSTRATE_LISTEN_FD": str(listener.fileno()), "SUBSTRATE_DIAL_FD": str(theirs.fileno())}
                     | (env or {}),
                     pass_fds=(listener.fileno(), theirs.fileno()),

@@ -48,7 +48,8 @@ RETRY_AFTER = {"caller-limit", "overloaded", "capacity", "queue-timeout", "drain
 
 
 EXCUSES = {
-    "node-unreachable": {"wires_break", "partitions", "crashes", "front_stops"},
+    # A node answers a call that it gives up when it has cleared up after it; one that can't is silent.
+    "node-unreachable": {"wires_break", "partitions", "crashes", "front_stops", "cleaning_fails"},
     "guest-failed": {
         *("exchanges_fail", "starts_fail", "bases_fail", "wires_break", "partitions", "crashes", "drains", "cancels"),
         "front_stops",

@@ -138,8 +138,11 @@ class Tree:
         parent.children[name] = Name(node, self._layer)
 
     def _hide(self, parts: list[bytes]) -> None:
-        """Hide what lower layers gave; what this layer gives stays, be it named before or after."""
-        parent = self._descend(parts[:-1], create=False)
+        """Hide what lower layers gave; what this layer gives stays, be it named before or after.
+
+        It hides in the directory of this very path: what lies behind a symbolic link is not meant.
+        """
+        parent = self._real(parts[:-1])
         name = parts[-1].removeprefix(_WHITEOUT)
         if parts[-1].startswith(_RESERVED):
             if parent is not None and parts[-1] == _OPAQUE:
@@ -148,6 +151,16 @@ class Tree:
             raise EntryUnusable("it is a whiteout that names no file")
         elif parent is not None and name in parent.children:
             self._drop(parent, name)
+
+    def _real(self, parts: list[bytes]) -> Node | None:
+        """The directory of this path if it is one from end to end, without a symbolic link."""
+        node = self.root
+        for part in parts:
+            found = node.children.get(part)
+            if found is None or found.node.kind is not Kind.DIRECTORY:
+                return None
+            node = found.node
+        return node
 
     def _drop(self, parent: Node, name: bytes) -> None:
         """Remove a name unless this layer gave it; if it gave something below, a plain directory takes its place."""
