@@ -125,6 +125,7 @@ async def test_the_same_requests_do_start_guests_when_no_browser_sends_them(deve
         reply = await running.client.request(method, running.front.url + path, content=b"x")
         assert (reply.status_code, "fc-error" in reply.headers) == (200, False), reply.text
     assert len(running.journal()) == 3
+    await until(lambda: len(running.front.seen("invocation.ended")) == 3)  # told once the caller has its answer
     assert (await running.client.get(running.front.admin_url + "/v1/live")).json()["traffic"]["ended"] == 3
 
 
