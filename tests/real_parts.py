@@ -86,6 +86,7 @@ PARTS: dict[str, Part] = {
     "debugfs": program("debugfs", "e2fsprogs"),
     "e2fsck": program("e2fsck", "e2fsprogs"),
     "loop-mount": Part(_loops_can_be_mounted, "run the tests as root on a kernel with loop devices and ext4"),
+    "curl": program("curl", "curl"),
     "gcc": program("gcc", "build-essential"),
     "nginx": program("nginx", "nginx-light"),
     "bubblewrap": program("bwrap", "bubblewrap"),
