@@ -7,6 +7,7 @@ import cluster_agent.wiring
 import node_daemon.settings
 import node_daemon.wiring
 from substrate_seam.events import WarningRaised
+from substrate_service.live import Live
 from substrate_service.metrics import Metrics
 from substrate_service.observing import Observed
 from substrate_service.signals import Stopping
@@ -25,7 +26,9 @@ async def test_a_network_that_is_trusted_with_everything_is_named_at_the_start(d
     if daemon is node_daemon:
         environment = environment | {"NODE_DAEMON_STATE_ROOT": str(tmp_path / "state")}
     events = []
-    observed = Observed(emit=events.append, metrics=Metrics(), stories=Stories(clock=int))
+    observed = Observed(
+        emit=events.append, metrics=Metrics(), stories=Stories(clock=int), live=Live(clock=int, wall_ms=int)
+    )
     settings = daemon.settings.read_settings(environment)
     async with daemon.wiring.daemon(settings, observed, Stopping()):
         pass

@@ -231,7 +231,9 @@ def test_what_another_build_is_at_is_left_alone(tmp_path):
 @pytest.mark.parametrize("damage", ["rootfs.ext4", "manifest.json"])
 def test_a_file_system_that_is_not_whole_is_built_again(tmp_path, damage):
     first = built(tmp_path, LAYER)
-    os.truncate(first.rootfs.parent / damage, 10)
+    damaged = first.rootfs.parent / damage
+    damaged.chmod(0o600)
+    os.truncate(damaged, 10)
     again = built(tmp_path, LAYER)
     assert not again.reused
     assert again.manifest == first.manifest
