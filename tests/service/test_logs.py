@@ -99,7 +99,7 @@ def test_an_event_that_cannot_be_written_is_told_instead():
     assert (fields["event"], fields["message"]) == ("defect.found", "an event cannot be written")
 
 
-async def test_lines_are_written_together_at_the_end_of_a_turn_of_the_loop():
+async def test_lines_are_written_together_a_moment_later():
     with pipe() as (reading, writing):
         os.set_blocking(reading, False)
         log = EventLog(writing, readable=False)
@@ -107,7 +107,10 @@ async def test_lines_are_written_together_at_the_end_of_a_turn_of_the_loop():
         log(GuestParked(guest="b", workload="w", parked=1))
         with pytest.raises(BlockingIOError):
             os.read(reading, 1)
-        await asyncio.sleep(0)
+        arrived = asyncio.Event()
+        asyncio.get_running_loop().add_reader(reading, arrived.set)
+        await arrived.wait()
+        asyncio.get_running_loop().remove_reader(reading)
         assert os.read(reading, 65536).count(b"\n") == 2
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator
+from functools import cache, lru_cache
 from typing import Final
 
 import msgspec
@@ -21,6 +22,8 @@ from substrate_seam import events
 from substrate_seam.events import Emit, Event
 
 _PENDING_BYTES_MAX: Final = 2**20
+_TOGETHER_S: Final = 0.005
+"""So long a line waits for others: to write each by itself, once in a turn of the loop, costs more than making it."""
 _RETRY_S: Final = 0.05
 _LAST_WORDS_S: Final = 1.0
 _HASHED: Final = frozenset({"session", "url", "target"})
@@ -56,7 +59,7 @@ class LibraryLogged(Event, frozen=True, kw_only=True, tag="library.logged"):
 
 
 class EventLog:
-    """An `Emit` that writes a line for each event to a file descriptor, once for each turn of the event loop.
+    """An `Emit` that writes a line for each event to a file descriptor, those of 5 ms together.
 
     It never waits: what a slow reader does not take is held up to a MiB, and further lines are dropped, counted and
     told. Session ids and URLs are hashed with `key`; without one they can be compared only within this process.
@@ -74,6 +77,7 @@ class EventLog:
         self._key = key or os.urandom(16)
         self._clock = clock
         self._second, self._second_text = -1, ""
+        self._millisecond, self._now_text = -1, ""
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._dropped = 0
@@ -95,7 +99,7 @@ class EventLog:
             except RuntimeError:
                 self.flush()
             else:
-                self._loop.call_soon(self._tick)
+                self._loop.call_later(_TOGETHER_S, self._tick)
 
     def flush(self, *, within_s: float = 0.0) -> None:
         """Write what the reader takes, waiting for it at most `within_s` seconds."""
@@ -132,16 +136,20 @@ class EventLog:
 
     def _line(self, event: Event) -> bytes:
         try:
-            return self._format(self._now(), _level_of(event), self._discreet(event))
+            level, discreet = _way_of(type(event))
+            shown = event if discreet else self._discreet(event)
+            return self._format(self._now(), level or _severity_of(event), shown)
         except Exception:  # noqa: BLE001  # an event that cannot be written must not harm whoever emits it
             defect = events.DefectFound(message="an event cannot be written", traceback=traceback.format_exc())
             return self._format(self._now(), "error", defect)
 
     def _now(self) -> str:
         now_s = self._clock()
-        if (second := int(now_s)) != self._second:
-            self._second, self._second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._second_text}.{int(now_s * 1000) % 1000:03d}Z"
+        if (millisecond := int(now_s * 1000)) != self._millisecond:
+            if (second := int(now_s)) != self._second:
+                self._second, self._second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._millisecond, self._now_text = millisecond, f"{self._second_text}.{millisecond % 1000:03d}Z"
+        return self._now_text
 
     def _discreet(self, event: Event) -> Event:
         """The event with its session id or URL hashed, and without what a guest wrote unless it ended by itself."""
@@ -186,11 +194,16 @@ def library_logs_to(emit: Emit, *, level: int = logging.WARNING) -> Generator[No
         root.setLevel(level_before)
 
 
-def _level_of(event: Event) -> str:
-    """How much an event matters; a library's line as much as the library says."""
-    if isinstance(event, LibraryLogged):
-        return _SEVERITIES.get(event.severity, "info")
-    return _LEVELS.get(type(event), "info")
+@cache
+def _way_of(kind: type[Event]) -> tuple[str, bool]:
+    """How much a kind of event matters (empty: as each says), and whether it may be written as it is."""
+    discreet = kind is not events.GuestGone and _HASHED.isdisjoint(kind.__struct_fields__)
+    return "" if kind is LibraryLogged else _LEVELS.get(kind, "info"), discreet
+
+
+def _severity_of(event: Event) -> str:
+    """A library's line matters as much as the library says."""
+    return _SEVERITIES.get(getattr(event, "severity", ""), "info")
 
 
 class _Records(logging.Handler):
@@ -212,7 +225,13 @@ class _Records(logging.Handler):
 
 
 def _json(now: str, level: str, event: Event) -> bytes:
-    return b'{"time":"%b","level":"%b",%b\n' % (now.encode(), level.encode(), _encoder.encode(event)[1:])
+    return b"%b%b\n" % (_opening(now, level), _encoder.encode(event)[1:])
+
+
+@lru_cache(maxsize=8)
+def _opening(now: str, level: str) -> bytes:
+    """How every line of one millisecond begins."""
+    return f'{{"time":"{now}","level":"{level}",'.encode()
 
 
 def _readable(now: str, level: str, event: Event) -> bytes:

@@ -31,7 +31,8 @@ _BOUNDS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 Labels = tuple[str, ...]
 Measured = tuple[Any, ...]
 """A number, and then the labels it belongs to."""
-Rules = Mapping[type[Event], Callable[[Any], Measured | None]]
+Rule = Callable[[Any], Measured | None]
+Rules = Mapping[type[Event], Rule]
 """What each kind of event means for one metric; None is nothing."""
 
 
@@ -43,10 +44,7 @@ class Metrics(Collector):
         self._observed = _observed()
         self._report: Callable[[], NodeReport] | None = None
         self._events = _Counter("events", "Everything that happened, by the name of its event.", ("event",), {})
-        self._by_kind: dict[type[Event], list[_Metric]] = {}
-        for metric in self._metrics:
-            for kind in metric.rules:
-                self._by_kind.setdefault(kind, []).append(metric)
+        self._by_kind: dict[type[Event], list[tuple[Rule, Callable[[Measured], None]]]] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -54,10 +52,15 @@ class Metrics(Collector):
     def __call__(self, event: Event) -> None:
         """Count the event."""
         kind = type(event)
-        self._events.record((1, str(kind.__struct_config__.tag)))
-        for metric in self._by_kind.get(kind, ()):
-            if (measured := metric.rules[kind](event)) is not None:
-                metric.record(measured)
+        for rule, record in self._by_kind.get(kind) or self._rules_for(kind):
+            if (measured := rule(event)) is not None:
+                record(measured)
+
+    def _rules_for(self, kind: type[Event]) -> list[tuple[Rule, Callable[[Measured], None]]]:
+        """What is done with a kind of event that was not met before."""
+        counted = (1, str(kind.__struct_config__.tag))
+        rules = [(metric.rules[kind], metric.record) for metric in self._metrics if kind in metric.rules]
+        return self._by_kind.setdefault(kind, [(lambda _: counted, self._events.record), *rules])
 
     def watch(self, report: Callable[[], NodeReport]) -> None:
         """Tell from now on what a node of this daemon says of itself: `report` is asked whenever somebody scrapes."""
@@ -122,9 +125,12 @@ class _Counter(_Metric):
     """Adds up."""
 
     def record(self, measured: Measured) -> None:
-        amount, *labels = measured
-        key = self._key(tuple(labels))
-        self._values[key] = self._values.get(key, 0) + amount
+        labels = measured[1:]
+        try:
+            self._values[labels] += measured[0]
+        except KeyError:
+            key = self._key(labels)
+            self._values[key] = self._values.get(key, 0) + measured[0]
 
     def family(self) -> Family:
         family = CounterMetricFamily(self._name, self._about, labels=self._labels)
@@ -137,8 +143,7 @@ class _Gauge(_Metric):
     """Remembers the last value."""
 
     def record(self, measured: Measured) -> None:
-        value, *labels = measured
-        self._values[self._key(tuple(labels))] = value
+        self._values[self._key(measured[1:])] = measured[0]
 
     def family(self) -> Family:
         family = GaugeMetricFamily(self._name, self._about, labels=self._labels)
@@ -181,12 +186,12 @@ class _Histogram(_Metric):
     """Sorts seconds into buckets; a measurement is in milliseconds."""
 
     def record(self, measured: Measured) -> None:
-        value_ms, *labels = measured
-        key = self._key(tuple(labels))
+        key = self._key(measured[1:])
         if (buckets := self._values.get(key)) is None:
             buckets = self._values[key] = [0] * (len(_BOUNDS_S) + 1) + [0.0]
-        buckets[bisect.bisect_left(_BOUNDS_S, value_ms / 1000)] += 1
-        buckets[-1] += value_ms / 1000
+        value_s = measured[0] / 1000
+        buckets[bisect.bisect_left(_BOUNDS_S, value_s)] += 1
+        buckets[-1] += value_s
 
     def family(self) -> Family:
         family = HistogramMetricFamily(self._name, self._about, labels=self._labels)
