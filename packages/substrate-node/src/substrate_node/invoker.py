@@ -109,6 +109,7 @@ class Claim:
         self._sample: Sample | None = None
         self._returning: asyncio.Task[None] | None = None
         self._given_up = False
+        self._entered_s = 0.0
         self._queue_ms = 0.0
         self._started: Started | None = None
 
@@ -125,7 +126,9 @@ class Claim:
         self._call = self._shop.calls.admit(invocation.id, invocation.attempt, self._interrupt)
         try:
             self._hosted = self._host_of(invocation)
-            await self._within_start(self._claim)
+            self._line_up()
+            # With a slot and a guest that stands ready there is nothing to wait for, and no deadline to set.
+            await (self._claim() if self._stands_ready() else self._within_start(self._claim))
         except BaseException:
             await self.give_back()
             raise
@@ -182,21 +185,32 @@ class Claim:
         if self._interruption is not None:
             raise self._interruption
 
-    async def _claim(self) -> None:
-        await self._queue()
-        await self._start()
-
-    async def _queue(self) -> None:
-        invocation, slots = self._invocation, self._shop.slots
-        name, entered_s = self._hosted.workload.name, self._shop.clock()
-        ticket = self._ticket = slots.enter(
-            name,
+    def _line_up(self) -> None:
+        """Enter the queue. Raises `GuestUnavailable` when that is of no use."""
+        invocation = self._invocation
+        self._entered_s = self._shop.clock()
+        self._ticket = self._shop.slots.enter(
+            self._hosted.workload.name,
             caller=invocation.caller,
             session=invocation.session,
             within_s=invocation.start_within_s,
             take=self._take_stake,
             promised=lambda calls: self._shop.pool.make_room(calls * self._hosted.workload.spec.memory_mib),
         )
+
+    def _stands_ready(self) -> bool:
+        """Whether slot and guest are there already."""
+        return self._parked is not None and not self._parked.guest.exited.done()
+
+    async def _claim(self) -> None:
+        await self._queue()
+        await self._start()
+
+    async def _queue(self) -> None:
+        """Wait for the turn, and tell of it."""
+        invocation, slots, ticket = self._invocation, self._shop.slots, self._ticket
+        name, entered_s = self._hosted.workload.name, self._entered_s
+        assert ticket is not None
         if ticket.stake is None:
             self._shop.emit(CallQueued(invocation_id=invocation.id, workload=name, waiting=slots.load(name)[1]))
             granted: asyncio.Future[None] = self._loop.create_future()
@@ -514,9 +528,10 @@ class Claim:
             reaper.spawn(reaper.insist(discard, what=what), what=what)
 
     def _end_call(self) -> None:
-        if self._call is not None:
+        call, self._call = self._call, None
+        if call is not None:
             written = self._exchange is not None and self._exchange.written
-            self._shop.calls.end(self._call, Ran.MAYBE if written else Ran.NO)
+            self._shop.calls.end(call, Ran.MAYBE if written else Ran.NO)
 
     def _tell(self, died: Exit | None, ended: Exit | None) -> None:
         invocation, exchange, ticket = self._invocation, self._exchange, self._ticket
@@ -603,9 +618,9 @@ class _Body:
         try:
             return await self._exchange.__anext__()
         except StopAsyncIteration:
-            assert self.reply is not None
-            if self.reply.receipt is None:
-                self.reply.receipt = self._claim._receipt()  # noqa: SLF001  # the two halves of one exchange
+            reply, self.reply = self.reply, None  # it refers back to us: no garbage is left for the collector
+            if reply is not None:
+                reply.receipt = self._claim._receipt()  # noqa: SLF001  # the two halves of one exchange
             raise
         except SubstrateError as error:
             raise await self._claim._explained(error) from None  # noqa: SLF001  # as above

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -39,7 +39,7 @@ class _Bay:
 
     def __init__(self, hosted: Hosted) -> None:
         self.hosted = hosted
-        self.parked: deque[Parked] = deque()
+        self.parked: OrderedDict[Parked, None] = OrderedDict()  # from which any can be removed
         self.making: dict[Making, Lease] = {}
         self.backoff_s = _BACKOFF_S_MIN
         self.retry: asyncio.TimerHandle | None = None
@@ -105,7 +105,7 @@ class Pool:
         bay = self._bays.get(digest)
         if bay is None or not bay.parked:
             return None
-        parked = bay.parked.popleft()
+        parked, _ = bay.parked.popitem(last=False)
         self._stock_mib -= parked.lease.mib
         self._restocked(bay)
         self.refill(digest)
@@ -135,7 +135,7 @@ class Pool:
             digest, bay = next(iter(self._stocked.items()))
             self._short[digest] = None
             if bay.parked:
-                parked = bay.parked.popleft()
+                parked, _ = bay.parked.popitem(last=False)
                 self._end(bay.hosted, parked.guest.guest_id, parked.lease)
             else:
                 self._call_off(bay)
@@ -174,7 +174,7 @@ class Pool:
         while bay.making:
             self._call_off(bay)
         while bay.parked:
-            parked = bay.parked.popleft()
+            parked, _ = bay.parked.popitem(last=False)
             self._end(bay.hosted, parked.guest.guest_id, parked.lease)
         self._short.pop(digest, None)
         self._stocked.pop(digest, None)
@@ -212,7 +212,7 @@ class Pool:
                 self._back_off(bay, str(made) if isinstance(made, StartFailure) else "it did not last")
             return
         bay.backoff_s = _BACKOFF_S_MIN
-        bay.parked.append(made)
+        bay.parked[made] = None
         made.guest.exited.add_done_callback(partial(self._died, bay, made))
         self._emit(GuestParked(guest=guest_id, workload=bay.hosted.workload.name, parked=len(bay.parked)))
         self._restocked(bay)
@@ -241,7 +241,7 @@ class Pool:
         """A guest ended by itself while it was parked: clear up and make another."""
         if parked not in bay.parked:
             return
-        bay.parked.remove(parked)
+        del bay.parked[parked]
         exit_, guest_id = ended.result(), parked.guest.guest_id
         self._emit(
             GuestGone(guest=guest_id, workload=bay.hosted.workload.name, exit=exit_.words, console=exit_.console)

@@ -64,8 +64,8 @@ class Reaper:
         deadline_s = loop.time() + within_s
         cancelled: asyncio.CancelledError | None = None
         while not task.done() and loop.time() < deadline_s:
-            try:  # unlike `await task`, `wait` never cancels it
-                await asyncio.wait({task}, timeout=None if within_s == math.inf else deadline_s - loop.time())
+            try:
+                await _settled(task, within_s=None if within_s == math.inf else deadline_s - loop.time())
             except asyncio.CancelledError as again:  # once, twice, or on each turn by an anyio scope
                 cancelled = again
         if not task.done():
@@ -99,3 +99,22 @@ class Reaper:
             task.cancel()
         if given_up:
             await asyncio.wait(given_up, timeout=_CANCELLED_WITHIN_S)
+
+
+async def _settled(task: asyncio.Task[Any], *, within_s: float | None) -> None:
+    """Wait until a task has ended, at most so long. Unlike `await task` it never cancels it; half of `asyncio.wait`."""
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(within_s, wake) if within_s is not None else None
+    task.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        task.remove_done_callback(wake)
+        if timer is not None:
+            timer.cancel()

@@ -65,7 +65,7 @@ class Exchange(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._run_within_s: float | None = None
-        self._on_expiry: Callable[[], None] = lambda: None
+        self._on_expiry: Callable[[], None] = _nothing
         self.error: SubstrateError | None = None
         self.written = False
         self.started_s = 0.0
@@ -126,9 +126,12 @@ class Exchange(asyncio.Protocol):
 
     def close(self) -> None:
         """Drop the connection, or never make use of it; nothing is left on the loop. A whole reply stays readable."""
+        self._on_expiry = _nothing
         if self._timer is not None:
             self._timer.cancel()
-        self.fail(GuestFailed("it was given up before its reply was whole"))
+            self._timer = None
+        if self.error is None and not self._reader.complete:
+            self.fail(GuestFailed("it was given up before its reply was whole"))
 
     # What the loop calls.
 
@@ -178,6 +181,9 @@ class Exchange(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail, unless the reply was whole."""
+        self._transport = None
+        if self._reader.complete:
+            return
         if self._greeting is not None:
             said = "before it answered CONNECT"
         elif not self._reader.status:
@@ -233,3 +239,7 @@ class Exchange(asyncio.Protocol):
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+def _nothing() -> None:
+    """What expires when there is nothing to end."""

@@ -14,8 +14,8 @@ from substrate_seam.errors import Ran, Reason
 from substrate_seam.invocation import Isolation, Start
 
 
-class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
-    """Something happened."""
+class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True, gc=False):
+    """Something happened. It holds plain values alone, so the collector of cycles need not look at it."""
 
 
 Emit = Callable[[Event], None]

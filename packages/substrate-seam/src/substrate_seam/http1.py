@@ -15,6 +15,8 @@ HEAD_BYTES_MAX = 65_536
 HEAD_FIELDS_MAX = 100
 INTERIM_MAX = 8
 
+_SPENT = httptools.HttpResponseParser(None)
+"""What a reader has instead of its own parser once its reply is complete; it is never fed."""
 _END_OF_HEAD = b"\r\n\r\n"
 
 
@@ -64,7 +66,7 @@ class ReplyReader:
         self._trailers = 0
         self._idle_bytes = 0
         self._wrong: str | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take bytes from the peer and return the body pieces among them; raises `BadReply`."""
@@ -76,6 +78,8 @@ class ReplyReader:
         elif data:
             self._parse(data)
             self._bound_idling(len(data))
+        if self.complete:
+            self._parser = _SPENT  # ours refers back to this reader: no garbage is left for the collector
         pieces, self._pieces = self._pieces, []
         return pieces
 
