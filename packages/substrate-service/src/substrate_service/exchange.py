@@ -19,6 +19,11 @@ App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awa
 
 ABORT = "substrate.abort"
 """The message, and the extension, by which an application cuts its connection at once."""
+WATCH = "substrate.watch"
+"""The message, and the extension, by which an application has `left` called once nobody reads its reply any more.
+
+None takes that back. A task that awaits `receive` for this would cost as much as the rest of a small exchange.
+"""
 
 ANSWERED = "substrate.answered"
 """Set in the `http.disconnect` of a request that the listener has answered itself, and has told of."""
@@ -74,7 +79,7 @@ class Exchange:
 
     __slots__ = (
         *("answered", "body", "gone", "head", "owes_continue", "reader", "replied", "reply_started"),
-        *("_chunked", "_connection", "_emit", "_end_told", "_length_left", "_news", "_scope", "_stays"),
+        *("_chunked", "_connection", "_emit", "_end_told", "_left", "_length_left", "_news", "_scope", "_stays"),
     )
 
     def __init__(self, head: Head, body: BodyReader, scope: Scope, connection: Connection, emit: Emit) -> None:
@@ -91,6 +96,7 @@ class Exchange:
         self._connection = connection
         self._emit = emit
         self._news: asyncio.Event | None = None  # while the application waits for any
+        self._left: Callable[[], None] | None = None
         self._stays = True
         self._chunked = False
         self._length_left: int | None = None  # None when the reply has no body, whatever its fields say
@@ -106,6 +112,9 @@ class Exchange:
         """The peer is gone, or has been answered by the listener itself."""
         self.gone = True
         self._tell()
+        left, self._left = self._left, None
+        if left is not None:
+            left()
 
     def _tell(self) -> None:
         if self._news is not None:
@@ -163,6 +172,9 @@ class Exchange:
     async def send(self, message: Message) -> None:
         """Send a piece of the reply, waiting while the peer reads too slowly. Dropped once the peer is gone."""
         kind = message["type"]
+        if kind == WATCH:
+            self._watch(message["left"])
+            return
         if kind == ABORT:
             self.leave()
             self._connection.abort()
@@ -181,6 +193,11 @@ class Exchange:
         if kind != "http.response.body":
             raise RuntimeError(f"the reply goes on with http.response.body, not {kind}")
         self._send_body(message.get("body", b""), more=message.get("more_body", False))
+
+    def _watch(self, left: Callable[[], None] | None) -> None:
+        self._left = left
+        if left is not None and self.gone:
+            self.leave()
 
     def _begin_reply(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         head = reply_head(

@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 from substrate_seam.errors import Reason
 from substrate_seam.events import Emit
 from substrate_service.bodies import BodyReader, BodyRefused, ChunkedBody, SizedBody
-from substrate_service.exchange import ABORT, App, Exchange
+from substrate_service.exchange import ABORT, WATCH, App, Exchange
 from substrate_service.heads import Head, HeadReader, HeadRefused
 from substrate_service.replies import reply_head
 
@@ -153,7 +153,7 @@ class StrictProtocol(asyncio.Protocol):
             "scheme": "https" if is_ssl(self._transport) else "http",
             "root_path": "",
         }
-        self._extensions: dict[str, Any] = {ABORT: {}}
+        self._extensions: dict[str, Any] = {ABORT: {}, WATCH: {}}
         if names := _verified_names(transport.get_extra_info("peercert")):
             self._extensions[PEERCERT] = {"names": names}
         self._await_request()

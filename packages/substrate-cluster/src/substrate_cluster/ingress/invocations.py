@@ -218,15 +218,14 @@ class Front:
 
     async def _relay(self, exchange: Exchange, invocation: Invocation, ending: _Ending) -> None:
         """Stream the guest's reply as it arrives; whichever way this ends, the guest is given back."""
-        with HangUpWatch(exchange.receive) as watch:
-            async with self._executor.invoke(invocation) as reply:
-                ending.started = reply.started
-                fields = from_guest(reply.headers, status=reply.status)
-                await exchange.head(reply.status, fields + started_fields(reply.started))
-                async for piece in reply.body:
-                    await exchange.piece(piece)
-                watch.stop()
-                await exchange.end()
+        async with HangUpWatch(exchange) as watch, self._executor.invoke(invocation) as reply:
+            ending.started = reply.started
+            fields = from_guest(reply.headers, status=reply.status)
+            await exchange.head(reply.status, fields + started_fields(reply.started))
+            async for piece in reply.body:
+                await exchange.piece(piece)
+            await watch.stop()
+            await exchange.end()
 
 
 class _Ending:

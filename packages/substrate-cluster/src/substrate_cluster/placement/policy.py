@@ -53,6 +53,8 @@ def place(call: WorkloadRef, index: NodeIndex, dice: Random, *, avoid: Set[str] 
 
 def _draw(members: Members, dice: Random, avoid: Set[str]) -> str:
     """One of the members that are not to be avoided. Rejection is cheap, because few are avoided."""
+    if len(members) == 1:
+        return members[0]  # dice may be dear, and most fleets of one node are one process
     for _ in range(_DRAWS_MAX):
         node_id = members[dice.randrange(len(members))]
         if node_id not in avoid:
