@@ -8,6 +8,7 @@ import trustme
 
 from service.loopback import PATIENCE_S, answer, echo, served, whole_body
 from substrate_seam.events import DefectFound
+from substrate_service.exchange import WATCH
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -243,6 +244,55 @@ async def test_once_the_reply_is_complete_receive_says_so():
         peer.send(GET)
         assert (await peer.reply()).status == 200
         await asyncio.wait_for(told.wait(), PATIENCE_S)
+
+
+async def test_an_application_may_have_itself_called_when_the_peer_leaves():
+    """Once, however it leaves; and never when it has taken that back, or its reply is complete."""
+    told, kept = asyncio.Event(), asyncio.Event()
+
+    async def app(scope, receive, send):
+        await whole_body(receive)
+        assert WATCH in scope["extensions"]
+        if scope["path"] == "/whole":
+            await send({"type": WATCH, "left": told.set})
+            await answer(send)
+            assert not told.is_set()
+            return
+        await send({"type": WATCH, "left": told.set})
+        if scope["path"] == "/taken-back":
+            await send({"type": WATCH, "left": None})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        kept.set()
+
+    async with served(app) as listener:
+        for path, hears in (("/taken-back", False), ("/whole", False), ("/", True)):
+            async with listener.peer() as peer:
+                peer.send(GET.replace(b"GET / ", b"GET %b " % path.encode()))
+                await peer.reader.readuntil(b"\r\n\r\n")
+                if path != "/whole":
+                    peer.hang_up()
+                    await asyncio.wait_for(kept.wait(), PATIENCE_S)
+            assert told.is_set() is hears, path
+            kept.clear()
+
+
+async def test_an_application_that_asks_too_late_is_called_at_once():
+    told, left = asyncio.Event(), asyncio.Event()
+
+    async def app(scope, receive, send):
+        await whole_body(receive)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send({"type": WATCH, "left": told.set})
+        left.set()
+
+    async with served(app) as listener, listener.peer() as peer:
+        peer.send(GET)
+        peer.hang_up()
+        await asyncio.wait_for(left.wait(), PATIENCE_S)
+        assert told.is_set()
 
 
 # Expect: 100-continue, the commit point of the wire.

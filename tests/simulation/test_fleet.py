@@ -121,7 +121,7 @@ def _lined_up_regardless(self: Slots[Any], queue: Any, ticket: Any) -> None:
 
 def _taken_and_left(self: Pool, digest: str) -> Any:
     bay = self._bays.get(digest)
-    return bay.parked[0] if bay is not None and bay.parked else None
+    return next(iter(bay.parked)) if bay is not None and bay.parked else None
 
 
 def _leased_anyway(self: Ledger, mib: int) -> Lease:
@@ -131,6 +131,10 @@ def _leased_anyway(self: Ledger, mib: int) -> Lease:
 async def _tried_once(self: Reaper, step: Any, *, what: str) -> None:
     with suppress(VmmError):
         await step()
+
+
+def _ignored(*_: object) -> None:
+    """What is called in vain."""
 
 
 async def _nothing(*_: object, **__: object) -> None:
@@ -182,7 +186,9 @@ PLANTED = {
     ),
     "a drain does not end calls": Plant("drains", "outlived the drain", LocalNode, "_end_calls", lambda _node: None),
     "a guest's fields pass for ours": Plant("calm", "internal was told", headers, "_NEVER_OUT_PREFIXES", (b"proxy-",)),
-    "a caller's hang-up is not noticed": Plant("rude_callers", "after its caller", HangUpWatch, "_watch", _nothing),
+    "a caller's hang-up is not noticed": Plant(
+        "rude_callers", "after its caller", HangUpWatch, "fire", lambda _watch: None
+    ),
 }
 
 
