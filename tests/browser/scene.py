@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 
 from starlette.types import ASGIApp
 
 from substrate_cluster.ingress import admin_app
+from substrate_node.procvm.probe import MEASURES, reported
 from substrate_seam.errors import Ran, Reason
 from substrate_seam.events import (
     CallRefused,
@@ -34,7 +35,8 @@ NOW_S, UP_S = 20_000.0, 11_520.0
 NOW_MS = 1_767_268_800_000  # noon of a New Year's Day, UTC
 FAILED = "5b0e7c1d94aa42e08f6d3c2b1a907e55"
 
-_CALLS = {
+_OF_A_LAPTOP = {"echo": (0.5, 3.2, (0.0, 0.94, 0.06)), "python": (0.3, 21.0, (0.0, 0.9, 0.1))}
+_OF_A_FLEET = {
     # calls a second, median ms, and how often they start parked, warm and cold
     "echo": (6.0, 3.2, (0.92, 0.07, 0.01)),
     "agent": (2.5, 38.0, (0.80, 0.18, 0.02)),
@@ -42,31 +44,32 @@ _CALLS = {
     "scan": (0.4, 900.0, (0.5, 0.5, 0.0)),
 }
 _SILENT = "10.0.0.13:8443 did not answer within 5.0 s"
-_DOOR = (
-    "Callers are not authenticated: whoever reaches the public listener may call. "
-    "CLUSTER_AGENT_TOKENS_FILE changes that."
-)
+_DOOR = "Anybody may call who reaches the public listener: see {}TOKENS_FILE."
 _GUARDED, _PLAIN = Isolation.MICROVM_JAILED, Isolation.PROCESS
 
 
 class Scene:
-    """The daemon as it stands at noon, in good order or in trouble."""
+    """A daemon as it stands at noon: an agent of three nodes, in good order or in `trouble`, or a laptop's `alone`."""
 
-    def __init__(self, *, trouble: bool) -> None:
-        self._trouble = trouble
+    def __init__(self, *, trouble: bool = False, alone: bool = False) -> None:
+        self._trouble, self._alone = trouble, alone
         self._now_s = NOW_S - UP_S
         self._live = Live(clock=lambda: self._now_s, wall_ms=lambda: NOW_MS + round(1000 * (self._now_s - NOW_S)))
         self._stories = Stories(clock=lambda: round(1e9 * self._now_s))
-        self._tell(self._now_s, DaemonStarted(daemon="cluster-agent", version="0.1.0", listen="", admin=""))
-        moments = [*_calls(Random(7)), *(_accidents() if trouble else ())]
+        daemon = "fc-invoke" if alone else "cluster-agent"
+        self._tell(self._now_s, DaemonStarted(daemon=daemon, version="0.1.0", listen="", admin=""))
+        called = _OF_A_LAPTOP if alone else _OF_A_FLEET
+        moments = [*_calls(called, Random(7)), *(_accidents() if trouble else ())]
         for at_s, event in sorted(moments, key=lambda each: each[0]):
             self._tell(at_s, event)
         self._now_s = NOW_S
 
     def snapshot(self) -> Snapshot:
         """What the daemon would answer."""
+        if self._alone:
+            return self._live.snapshot(nodes=[_laptop()], lost={}, reasons=[], doors=[_DOOR.format("FC_INVOKE_")])
         lost = {"node-3": _SILENT} if self._trouble else {}
-        doors = [_DOOR] if self._trouble else []
+        doors = [_DOOR.format("CLUSTER_AGENT_")] if self._trouble else []
         nodes = [_node("node-1", 15_360, 9_216), _node("node-2", 15_360, 11_008, draining=self._trouble)]
         if not self._trouble:
             nodes.append(_node("node-3", 7_680, 5_120))
@@ -80,6 +83,7 @@ class Scene:
             story=self._stories.story,
             live=self.snapshot,
             page=page(),
+            host=("", _isolation()) if self._alone else None,
             authenticator=None,
             allowed_hosts={"127.0.0.1"},
             mint_id=lambda: "e" * 32,
@@ -95,9 +99,9 @@ class Scene:
 Moment = tuple[float, Event]
 
 
-def _calls(dice: Random) -> Iterator[Moment]:
+def _calls(called: Mapping[str, tuple[float, float, Sequence[float]]], dice: Random) -> Iterator[Moment]:
     """A minute of calls, with ten seconds in which all of them take longer."""
-    for name, (per_second, median_ms, shares) in _CALLS.items():
+    for name, (per_second, median_ms, shares) in called.items():
         for _ in range(round(60 * per_second)):
             at_s = NOW_S - 60 * dice.random()
             start = dice.choices([Start.POOL, Start.WARM, Start.COLD], shares)[0]
@@ -160,3 +164,26 @@ def _node(name: str, size_mib: int, free_mib: int, *, draining: bool = False) ->
             ),
         },
     )
+
+
+def _laptop() -> NodeReport:
+    warm = {"concurrency": 4, "base": "a", "isolation": _PLAIN}
+    return NodeReport(
+        node_id="laptop",
+        boot_id="b1",
+        size_mib=14_100,
+        free_mib=13_588,
+        isolation=_PLAIN,
+        arch="amd64",
+        full=True,
+        workloads={
+            "1": WorkloadReport(name="echo", **warm),
+            "2": WorkloadReport(name="python", busy=1, serving=1, **warm),
+        },
+    )
+
+
+def _isolation() -> list[dict[str, object]]:
+    """An ordinary user's host: all that can be had without root."""
+    lacking = {"control-group": "no control group may be made below /user.slice"}
+    return reported(dict.fromkeys(MEASURES, "") | lacking).facts

@@ -6,7 +6,7 @@ import pytest
 
 from substrate_service.address import TcpAddress
 from substrate_service.settings import EnvironmentReader, SettingsInvalid
-from substrate_service.shared_settings import TlsFiles, read_front, read_node, read_tls
+from substrate_service.shared_settings import TlsFiles, open_doors, read_front, read_node, read_tls
 
 
 def front(**environment):
@@ -75,3 +75,14 @@ def test_a_half_configured_certificate_is_refused_by_the_missing_half():
     told = problems(tls, CERT="/c")
     assert "X_TLS_KEY_FILE" in told
     assert "X_TLS_CA_FILE" in told
+
+
+def test_what_stands_open_is_said_with_the_setting_that_closes_it(tmp_path):
+    """And nothing where callers and operators have tokens."""
+    closed = {"X_TOKENS_FILE": str(tmp_path / "t"), "X_ADMIN_TOKEN_FILE": str(tmp_path / "a")}
+
+    def doors(environment):
+        return open_doors(read_front(EnvironmentReader(environment, prefix="X_"), "X_"), "X_")
+
+    assert [door.rpartition(" ")[2] for door in doors({})] == ["X_TOKENS_FILE.", "X_ADMIN_TOKEN_FILE."]
+    assert doors(closed) == ()

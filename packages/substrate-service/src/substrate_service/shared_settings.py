@@ -111,12 +111,9 @@ def open_doors(front: FrontSettings, prefix: str) -> tuple[str, ...]:
     """What stands open by these settings, in sentences for operators."""
     doors = []
     if front.tokens_file is None:
-        doors.append(
-            "Callers are not authenticated: whoever reaches the public listener may call. "
-            f"{prefix}TOKENS_FILE changes that."
-        )
+        doors.append(f"Anybody may call who reaches the public listener: see {prefix}TOKENS_FILE.")
     if front.admin_token_file is None:
-        doors.append(f"Whoever has an account on this machine is an operator. {prefix}ADMIN_TOKEN_FILE changes that.")
+        doors.append(f"Anybody with an account on this machine is an operator: see {prefix}ADMIN_TOKEN_FILE.")
     return tuple(doors)
 
 
