@@ -55,7 +55,7 @@ def promise_for(*cases: object) -> Callable[[Callable[..., Awaitable[None]]], Ca
 
 async def known(bench: Bench, name: str = "echo", **fields) -> Workload:
     """A workload that the node knows."""
-    work = workload(name, **fields)
+    work = bench.workload(name, **fields)
     await bench.node.ensure(work)
     return work
 
@@ -109,7 +109,7 @@ async def a_guest_gets_the_request_and_its_answer_comes_back(bench: Bench) -> No
     assert (outcome.status, outcome.body) == (200, b"some bytes")
     assert [value for name, value in outcome.headers if name == b"x-twice"] == [b"1", b"2"]
     started, receipt = outcome.started, outcome.receipt
-    assert (started.start, started.node, started.isolation) == (Start.COLD, NODE_ID, Isolation.MICROVM)
+    assert (started.start, started.node, started.isolation) == (Start.COLD, NODE_ID, bench.isolation)
     assert started.claim_ms >= started.ready_ms > 0
     assert receipt.body_bytes == 10
     assert receipt.guest_ms > 0
@@ -567,7 +567,7 @@ async def a_second_delivery_is_told_apart_and_does_not_run(bench: Bench) -> None
 @promise
 async def another_attempt_is_no_second_delivery(bench: Bench) -> None:
     """What was refused may be tried again under the next number, and under no other twice."""
-    work = workload()
+    work = bench.workload()
     call = bench.invocation(work)
     assert (await bench.refusal(call)).reason is Reason.UNKNOWN_DIGEST
     await bench.node.ensure(work)

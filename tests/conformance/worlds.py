@@ -22,7 +22,7 @@ from substrate_node.ready import IdentityMint
 from substrate_seam.errors import GuestFailed, GuestTimeout, Ran, SubstrateError
 from substrate_seam.events import DefectFound, Event
 from substrate_seam.executor import Node
-from substrate_seam.invocation import Demands, GuestRequest, Headers, Invocation, Receipt, Started
+from substrate_seam.invocation import Demands, GuestRequest, Headers, Invocation, Isolation, Receipt, Started
 from substrate_seam.wire import HEAD_BYTES_MAX
 from substrate_seam.workload import Workload, WorkloadSpec
 from substrate_service.listener import ListenerLimits, protocol_factory, strict_config
@@ -99,6 +99,9 @@ class Bench:
     """Names what is left of calls: guests, slots, memory, places in a queue."""
     background: Callable[[Coroutine[Any, Any, object]], object]
     """Lets something go on beside the story; the world waits for its end."""
+    workload: Callable[..., Workload] = workload
+    """Makes a workload of a name whose guests do as they are asked."""
+    isolation: Isolation = Isolation.MICROVM
     outcomes: list[Outcome] = field(default_factory=list)
     _minted: int = 0
 
