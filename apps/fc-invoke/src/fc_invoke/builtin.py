@@ -34,6 +34,6 @@ Try it, from another terminal:
   {curl} -d hello {url}/invoke/echo
 
 Each call ran in a process guest of its own. That keeps calls apart; it is no security boundary (see README.md).
-Metrics, reasons and the story of each call: {admin}  ·  Ctrl-C drains and stops.
+Watch it: {admin} in a browser, or `fc-invoke top`  ·  Ctrl-C drains and stops.
 """
 """What `serve` prints for a person, with the addresses filled in."""

@@ -111,6 +111,11 @@ def _announcer(settings: Settings, host: HostedNode) -> Callable[[list[Address]]
             if settings.front.tokens_file is not None:
                 curl += ' -H "Authorization: Bearer $token"'
             print(host.isolation, end="\n\n", file=sys.stderr)
-            print(builtin.WELCOME.format(curl=curl, url=url, admin=admin), file=sys.stderr)
+            print(builtin.WELCOME.format(curl=curl, url=url, admin=_to_open(admin)), file=sys.stderr)
 
     return announce
+
+
+def _to_open(address: Address) -> str:
+    """What a person opens to see a listener."""
+    return str(address) if isinstance(address, UnixAddress) else f"http://{address}"

@@ -17,7 +17,7 @@ from substrate_seam.events import Event
 from substrate_seam.invocation import Isolation
 from substrate_seam.report import NodeReport, WorkloadReport
 from substrate_service.snapshot import Failure, Guests, NodeNow, Snapshot, Trouble, WorkloadNow
-from substrate_service.traffic import Tally, Window, together
+from substrate_service.traffic import Window, class_of, together
 
 WINDOW_S: Final = 60
 WORKLOADS_SHOWN: Final = 50
@@ -86,8 +86,10 @@ class Live:
         """This moment. `nodes` are whole reports, `lost` says of other nodes why they can't be heard."""
         now_s, reports = self._clock(), list(nodes)
         views = [(report, _by_name(report)) for report in reports]
-        workloads = self._workloads([each for _, by_name in views for each in by_name.values()], now_s)
-        shown = sorted(workloads, key=_by_business)[:WORKLOADS_SHOWN]
+        ended = self._ended_lately(now_s)
+        workloads = _workloads([each for _, by_name in views for each in by_name.values()], ended)
+        shown = sorted(workloads, key=lambda x: (-ended.get(x.workload, 0), -x.busy - x.waiting, x.workload))
+        shown = [self._with_traffic(each, now_s) for each in shown[:WORKLOADS_SHOWN]]
         weak = sorted(each.workload for each in workloads if each.isolation is Isolation.PROCESS)
         return Snapshot(
             daemon=self._daemon,
@@ -158,14 +160,14 @@ class Live:
             del self._troubles[next(iter(self._troubles))]
 
     def _count(self, workload: str, start: str | None, total_ms: float, *, failed: bool) -> None:
-        now_s = self._clock()
-        self._all.at(now_s).add(start, total_ms, failed=failed)
+        now_s, class_ = self._clock(), class_of(total_ms)
+        self._all.at(now_s).add(start, class_, failed=failed)
         if workload not in self._by_workload and len(self._by_workload) >= _WORKLOADS_MAX:
             workload = _LEFT_OFF
         window = self._by_workload.get(workload)
         if window is None:
             window = self._by_workload[workload] = Window(slots=int(WINDOW_S / _SLOT_S), slot_s=_SLOT_S)
-        window.at(now_s).add(start, total_ms, failed=failed)
+        window.at(now_s).add(start, class_, failed=failed)
 
     def _fail(self, event: e.InvocationEnded | e.ExchangeEnded, ran: Ran) -> None:
         self._failures.append(
@@ -190,19 +192,27 @@ class Live:
                     counts[reason] = counts.get(reason, 0) + count
         return counts
 
-    def _workloads(self, parts: Iterable[WorkloadNow], now_s: float) -> list[WorkloadNow]:
-        """The workloads of all nodes by name, with what was called lately, whether a node still knows it or not."""
-        known: dict[str, WorkloadNow] = {}
-        for part in parts:
-            known[part.workload] = _both(known[part.workload], part) if part.workload in known else part
-        for name, window in list(self._by_workload.items()):
-            tallies: list[Tally] = list(window.tallies(now_s))
-            if tallies:
-                workload = known.get(name) or WorkloadNow(workload=name)
-                known[name] = structs.replace(workload, traffic=together(tallies).traffic())
-            else:
-                del self._by_workload[name]
-        return list(known.values())
+    def _ended_lately(self, now_s: float) -> dict[str, int]:
+        """How many calls of each workload ended; a window in which there was none goes."""
+        counts = {name: sum(each.ended for each in window.tallies(now_s)) for name, window in self._by_workload.items()}
+        for name in [name for name, count in counts.items() if not count]:
+            del self._by_workload[name], counts[name]
+        return counts
+
+    def _with_traffic(self, workload: WorkloadNow, now_s: float) -> WorkloadNow:
+        window = self._by_workload.get(workload.workload)
+        tallies = window.tallies(now_s) if window is not None else ()
+        return structs.replace(workload, traffic=together(tallies).traffic())
+
+
+def _workloads(parts: Iterable[WorkloadNow], called: Iterable[str]) -> list[WorkloadNow]:
+    """The workloads of all nodes by name, and those that were called lately although no node knows them any more."""
+    known: dict[str, WorkloadNow] = {}
+    for part in parts:
+        known[part.workload] = _both(known[part.workload], part) if part.workload in known else part
+    for name in called:
+        known.setdefault(name, WorkloadNow(workload=name))
+    return list(known.values())
 
 
 def _by_name(report: NodeReport) -> dict[str, WorkloadNow]:
@@ -272,10 +282,6 @@ def _node(report: NodeReport, by_name: Mapping[str, WorkloadNow]) -> NodeNow:
 
 def _lost(lost: Mapping[str, str]) -> Iterator[NodeNow]:
     return (NodeNow(node=node, lost=why or "it can't be heard") for node, why in lost.items())
-
-
-def _by_business(workload: WorkloadNow) -> tuple[int, int, str]:
-    return (-workload.traffic.ended, -(workload.busy + workload.waiting), workload.workload)
 
 
 def _weakness(workloads: Sequence[str]) -> Iterator[str]:

@@ -14,6 +14,11 @@ _PER_OCTAVE: Final = 16
 _MS_MIN: Final = 0.001
 
 
+def class_of(total_ms: float) -> int:
+    """The class of a duration, by which tallies count."""
+    return math.floor(math.log2(max(total_ms, _MS_MIN)) * _PER_OCTAVE)
+
+
 class Tally:
     """Calls of one slot of time, or of several together."""
 
@@ -25,13 +30,12 @@ class Tally:
         self.starts: dict[str, int] = {}
         self.times: dict[int, int] = {}
 
-    def add(self, start: str | None, total_ms: float, *, failed: bool) -> None:
-        """Count one call; `start` is None if it never had a guest."""
+    def add(self, start: str | None, class_: int, *, failed: bool) -> None:
+        """Count one call that took as long as `class_of` says; `start` is None if it never had a guest."""
         self.ended += 1
         self.failed += failed
         if start is not None:
             self.starts[start] = self.starts.get(start, 0) + 1
-        class_ = math.floor(math.log2(max(total_ms, _MS_MIN)) * _PER_OCTAVE)
         self.times[class_] = self.times.get(class_, 0) + 1
 
     def total_ms(self, share: float) -> float | None:
@@ -85,8 +89,8 @@ class Window:
     def at(self, now_s: float) -> Tally:
         """The slot of this moment."""
         number = self._number(now_s)
-        self._drop_old(number)
         if not self._tallies or self._tallies[-1][0] != number:
+            self._drop_old(number)
             self._tallies.append((number, Tally()))
         return self._tallies[-1][1]
 
