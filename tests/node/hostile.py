@@ -103,7 +103,7 @@ async def links_in_the_place_of_sockets_lead_nowhere(stage: Stage) -> None:
         """,
     )
     assert set(outcomes) <= REFUSED | {"Device or resource busy", "Invalid cross-device link"}, outcomes
-    assert place.is_socket()
+    assert place.is_socket() or not place.parent.exists(), "a clone's has no name at all"
     assert await well(guest)
 
 

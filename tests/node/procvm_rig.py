@@ -76,8 +76,8 @@ class CloneRig(WarmRig):
             self._others -= self._zygote
 
     def left(self) -> Collection[str]:
-        """What there is beside that base and the process that keeps it."""
-        return [left for left in super().left() if left != "base"]
+        """What there is beside that base and the process that keeps it; a clone is no child of ours and has no file."""
+        return [*(left for left in super().left() if left != "base"), *self.vmm._guests]
 
 
 class _CloningVmm(ProcessVmm):

@@ -119,7 +119,8 @@ def _guest(mould: Mould, order: dict[str, str], descriptors: list[int], files: l
         where = f" ({error.filename})" if error.filename else ""
         os.write(2, f"substrate-guest: the clone can't be isolated{where}: {describe(error)}\n".encode())
         os._exit(EXIT_NOT_ISOLATED)
-    reseed(os.urandom(ENTROPY_BYTES_MIN))  # before anything of the workload's runs; the node's entropy comes later
+    if "numpy.random" in sys.modules:  # before the node's entropy comes; Python and OpenSSL know of forks, it does not
+        reseed(os.urandom(ENTROPY_BYTES_MIN))
     shim.end_on_sigterm()
     return HybridVsock(socket.socket(fileno=listener), socket.socket(fileno=dialer))
 

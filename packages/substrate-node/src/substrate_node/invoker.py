@@ -453,7 +453,9 @@ class Claim:
         exchange, started = self._exchange, self._started
         assert exchange is not None
         assert started is not None
-        sample = self._sample = self._sampled() if self._returning is None else self._sample or Sample(None, None)
+        if self._sample is None and self._returning is None:  # else it was taken when the whole reply was there
+            self._sample = self._sampled()
+        sample = self._sample or Sample(None, None)
         return Receipt(
             guest_ms=round(_guest_ms(exchange, self._shop.clock()), 3),
             body_bytes=exchange.body_bytes,

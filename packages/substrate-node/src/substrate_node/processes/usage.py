@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from substrate_node.processes.procfs import read
 from substrate_node.vmm import Sample
 
 _MS_PER_TICK = 1000 / os.sysconf("SC_CLK_TCK")
@@ -40,7 +40,7 @@ def share_mib(pid: int) -> float | None:
     The kernel walks all of its page tables for this: 1 ms and more for a large process.
     """
     try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_bytes()
+        rollup = read(f"/proc/{pid}/smaps_rollup")
     except OSError:
         return None
     return next((int(line.split()[1]) / 1024 for line in rollup.splitlines() if line.startswith(b"Pss:")), None)
@@ -48,16 +48,16 @@ def share_mib(pid: int) -> float | None:
 
 def _descendants(pid: int) -> list[int]:
     found = []
-    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_bytes().split()):
+    for child in map(int, read(f"/proc/{pid}/task/{pid}/children").split()):
         found += [child, *_descendants(child)]
     return found
 
 
 def _cpu_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    fields = read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return sum(map(int, fields[11:15]))
 
 
 def _peak_kib(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_bytes()
+    status = read(f"/proc/{pid}/status")
     return next((int(line.split()[1]) for line in status.splitlines() if line.startswith(b"VmHWM:")), 0)

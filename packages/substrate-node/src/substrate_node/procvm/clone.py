@@ -8,14 +8,15 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Protocol
 
 from substrate_node.processes.family import in_words
 from substrate_node.processes.usage import sampled
 from substrate_node.procvm.dials import Dials
+from substrate_node.procvm.door import Door
 from substrate_node.procvm.group import GuestGroup
 from substrate_node.procvm.launch import console_pair
-from substrate_node.procvm.record import RunDirectory
 from substrate_node.procvm.wire import Born, ZygoteWire
 from substrate_node.vmm import Exit, Inbound, P, Sample, VmmError
 
@@ -29,6 +30,7 @@ class Origin(Protocol):
     """What a clone is made of (see `Zygote`)."""
 
     wire: ZygoteWire
+    place: Path
 
     def adopt(self, clone: Clone) -> None: ...  # noqa: D102
     async def let_go(self, clone: Clone) -> None: ...  # noqa: D102
@@ -38,15 +40,12 @@ class Origin(Protocol):
 class Clone:
     """A guest that is a clone. Made half: `begin` brings it up, `destroy` leaves nothing of it at any point."""
 
-    def __init__(
-        self, guest_id: str, origin: Origin, directory: RunDirectory, inbound: Inbound, *, group: GuestGroup
-    ) -> None:
+    def __init__(self, guest_id: str, origin: Origin, inbound: Inbound, *, group: GuestGroup) -> None:
         """Make what the clone will be handed; raises `OSError`, and has left nothing then. Nothing is awaited."""
         self.guest_id = guest_id
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.pid: int | None = None
         self._origin = origin
-        self._directory = directory
         self._group = group
         self._answer: asyncio.Future[None] | None = None
         self._pidfd = -1
@@ -54,16 +53,17 @@ class Clone:
         self._patience: asyncio.TimerHandle | None = None
         self._theirs = ExitStack()
         with ExitStack() as undo:
-            undo.callback(directory.remove)
             undo.callback(self._theirs.close)
-            listener = self._theirs.enter_context(directory.make())
+            self._door = Door(origin.place, guest_id)
+            undo.callback(self._door.close)
+            self._theirs.callback(self._door.listener.close)
             dials, their_dials = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._theirs.callback(their_dials.close)
             self._dials = Dials(dials, inbound)
             undo.callback(self._dials.close)
             self._console, their_console = console_pair()
             self._theirs.callback(os.close, their_console)
-            self._descriptors = (listener.fileno(), their_dials.fileno(), their_console)
+            self._descriptors = (self._door.listener.fileno(), their_dials.fileno(), their_console)
             undo.pop_all()
         origin.adopt(self)
 
@@ -83,8 +83,7 @@ class Clone:
 
     async def dial(self, protocol: Callable[[], P]) -> P:
         """See `Guest.dial`."""
-        with self._directory.address() as address:
-            return (await asyncio.get_running_loop().create_unix_connection(protocol, address))[1]
+        return (await asyncio.get_running_loop().create_unix_connection(protocol, self._door.address))[1]
 
     @property
     def console(self) -> str:
@@ -114,7 +113,6 @@ class Clone:
         """Kill it and leave nothing of it; may be cancelled and begun again."""
         await self.kill()
         self._group.remove()
-        self._directory.remove()
         await self._origin.let_go(self)
 
     def _on_born(self, born: Born) -> None:
@@ -141,4 +139,5 @@ class Clone:
                 self._patience.cancel()
             self._console.close()
             self._dials.close()
+            self._door.close()
             self.exited.set_result(Exit(words, self._console.text))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from substrate_node.offloop import off_loop
 from substrate_node.processes.family import in_words
 from substrate_node.processes.usage import sampled
 from substrate_node.procvm.dials import Dials
@@ -109,7 +110,7 @@ class ProcessGuest:
         await self.kill()
         if self._launch is not None:
             self._launch.group.remove()
-        self._directory.remove()
+        await off_loop(self._directory.remove)  # a disk takes its time to remove a directory
 
     def _on_child_end(self, pid: int, _status: int) -> None:
         """The first process of a zygote outlives it, for the sake of clones, of which there are none yet."""

@@ -216,9 +216,9 @@ class ProcessVmm:
         zygote = self._zygotes.get(base.base_id)
         if zygote is None or zygote.wire.lost:
             raise BaseGone(f"restore: the process behind base {base.base_id} of {workload.name!r} has ended")
-        directory, group = RunDirectory(self._run, self._new(guest_id)), self._group(guest_id, workload.spec)
+        group = self._group(self._new(guest_id), workload.spec)
         try:
-            clone = self._guests[guest_id] = Clone(guest_id, zygote, directory, inbound, group=group)
+            clone = self._guests[guest_id] = Clone(guest_id, zygote, inbound, group=group)
         except OSError as error:
             raise VmmError(f"restore: guest {guest_id} can't have its sockets: {error}") from error
         await clone.begin(boot_id_of(guest_id))

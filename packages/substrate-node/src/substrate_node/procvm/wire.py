@@ -7,11 +7,11 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
+from substrate_node.processes.procfs import read
 from substrate_node.vmm import BaseGone, NotCapturable, VmmError
 
 UNANSWERED_MAX = 8
@@ -164,7 +164,7 @@ def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
 def _born(descriptors: list[int], inner_pid: int) -> Born | None:
     """The process that the only one of `descriptors` leads to, if it is a pidfd; it is taken out of them then."""
     if len(descriptors) == 1:
-        for line in Path(f"/proc/self/fdinfo/{descriptors[0]}").read_bytes().splitlines():
+        for line in read(f"/proc/self/fdinfo/{descriptors[0]}").splitlines():
             name, _, value = line.partition(b":")
             if name == b"Pid" and int(value) > 0:
                 return Born(descriptors.pop(), int(value), inner_pid)

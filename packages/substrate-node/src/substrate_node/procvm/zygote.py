@@ -8,6 +8,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+from substrate_node.offloop import off_loop
 from substrate_node.procvm.clone import Clone
 from substrate_node.procvm.launch import Launch
 from substrate_node.procvm.record import RunDirectory
@@ -24,6 +25,7 @@ class Zygote:
 
     def __init__(self, launch: Launch, wire: ZygoteWire, directory: RunDirectory) -> None:
         self.wire = wire
+        self.place = directory.path
         self._launch = launch
         self._directory = directory
         self._retired = False
@@ -73,7 +75,7 @@ class Zygote:
             self._launch.family.kill()
             await asyncio.wait({self._launch.family.gone})
             self._launch.group.remove()
-            self._directory.remove()
+            await off_loop(self._directory.remove)  # a disk takes its time to remove a directory
 
     def _on_child_end(self, pid: int, status: int) -> None:
         if pid == self._launch.command:
