@@ -22,6 +22,11 @@ def borrowed(source: str) -> Iterator[str]:
             yield (node.module or "").partition(".")[0]
 
 
+def module_of(file: metadata.PackagePath) -> str:
+    """What a source is imported as."""
+    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+
+
 def failure(module: str) -> str | None:
     """Why a module can't be imported; None if it can."""
     try:
@@ -32,11 +37,15 @@ def failure(module: str) -> str | None:
 
 
 def look_around(name: str, packages: list[str]) -> dict[str, object]:
-    """What is to be seen of the distribution `name`, and which of `packages`."""
+    """What is to be seen of the distribution `name`, and which of `packages`.
+
+    A plugin of pytest's is imported by pytest alone, so no room without it needs to be able to.
+    """
     files = metadata.files(name) or []
-    sources = [file for file in files if file.suffix == ".py"]
+    of_pytest = {point.module for point in metadata.distribution(name).entry_points if point.group == "pytest11"}
+    sources = [file for file in files if file.suffix == ".py" and module_of(file) not in of_pytest]
     modules = [
-        ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+        module_of(file)
         for file in sources
         if file.name != "__main__.py"  # a program: importing it would run it
     ]

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = verbs.add_parser("serve", help="serve workloads (the default); built-in ones if no table is configured")
     serve.add_argument("--workers", type=int, default=1, help="must be 1: there is one node, and it has one queue")
     serve.set_defaults(run=_serve)
+
+    _add_dev(verbs)
 
     check = verbs.add_parser("check", help="check a workload table and list everything that is wrong with it")
     check.add_argument("file", help="a table in JSON or YAML; `-` is standard input")
@@ -111,6 +114,22 @@ def _several(text: str) -> int:
     return int(text)
 
 
+def _add_dev(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    dev = verbs.add_parser("dev", help="serve your own callable or ASGI app, and take up every change of its files")
+    dev.add_argument("target", metavar="MODULE:ATTRIBUTE", help="what to serve, for example app:app")
+    dev.add_argument(
+        "--path", default=".", help="the directory to import from, all that guests see (default: this one)"
+    )
+    dev.add_argument("--name", help="what to call it by (default: the last part of MODULE)")
+    dev.add_argument("--port", type=int, default=8080, help="0 is any that is free (default: %(default)s)")
+    dev.add_argument("--admin-port", type=int, default=8081, help="for explain and metrics (default: %(default)s)")
+    dev.add_argument("--memory", type=int, default=256, metavar="MIB", help="of each guest (default: %(default)s)")
+    dev.add_argument("--timeout", default="30s", help="how long one call may take (default: %(default)s)")
+    dev.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable of the guests")
+    dev.add_argument("--json", action="store_true", help="events as lines of JSON on standard error, for programs")
+    dev.set_defaults(run=_dev)
+
+
 def _add_addresses(verb: argparse.ArgumentParser) -> None:
     from fc_invoke.client import DEFAULT_URL
 
@@ -139,6 +158,23 @@ def _serve(chosen: argparse.Namespace) -> int:
         print(f"--workers: found {chosen.workers}; accepted is 1: a node has one queue and one ledger", file=sys.stderr)
         return 2
     return serve(os.environ)
+
+
+def _dev(chosen: argparse.Namespace) -> int:
+    from fc_invoke.dev import Work, dev
+
+    work = Work(
+        target=chosen.target,
+        path=Path(chosen.path).absolute(),
+        name=chosen.target.partition(":")[0].rpartition(".")[2] if chosen.name is None else chosen.name,
+        port=chosen.port,
+        admin_port=chosen.admin_port,
+        memory_mib=chosen.memory,
+        timeout=chosen.timeout,
+        env=tuple(chosen.env),
+        as_json=chosen.json,
+    )
+    return dev(work, os.environ)
 
 
 def _check(chosen: argparse.Namespace) -> int:

@@ -9,26 +9,63 @@ from contextlib import asynccontextmanager
 from functools import partial
 from random import SystemRandom
 
+from msgspec import Struct
+
 from fc_invoke import builtin
 from fc_invoke.settings import PREFIX, Settings
 from substrate_cluster.catalog import Catalog, TableSource, table_in_file, table_in_text
 from substrate_cluster.ingress import head_refusals
-from substrate_cluster.plane import CannotServe, Observers, control_plane, mint_id
+from substrate_cluster.plane import CannotServe, ControlPlane, Observers, control_plane, mint_id
 from substrate_guest import isolation
 from substrate_node.host import HostedNode, hosted_node
 from substrate_seam.errors import GuestUnavailable
-from substrate_seam.events import WarningRaised
+from substrate_seam.events import Emit, WarningRaised
 from substrate_service.address import Address, UnixAddress
 from substrate_service.daemon import Assembled, Duties, two_listeners
+from substrate_service.exchange import App
 from substrate_service.observing import Observed
 from substrate_service.page import page
 from substrate_service.shared_settings import open_doors
 from substrate_service.signals import Stopping
 
 
+class BothPlanes(Struct, frozen=True, kw_only=True):
+    """What runs in one process: the workloads, the node, and the control plane over it."""
+
+    catalog: Catalog
+    host: HostedNode
+    plane: ControlPlane
+
+
 @asynccontextmanager
 async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> AsyncIterator[Assembled]:
-    """Be fc-invoke for the length of the block, but for the listening.
+    """Be fc-invoke for the length of the block, but for the listening; raises what `both_planes` does."""
+    async with both_planes(settings, observed, stopping) as both:
+        yield assembled(
+            settings, both, public=both.plane.public, announce=_announcer(settings, both.host), emit=observed.emit
+        )
+
+
+def assembled(
+    settings: Settings, both: BothPlanes, *, public: App, announce: Callable[[list[Address]], None], emit: Emit
+) -> Assembled:
+    """The daemon around both planes, with `public` on its public listener."""
+    return Assembled(
+        listeners=two_listeners(
+            PREFIX,
+            (settings.front.listen, settings.front.admin_listen),
+            (public, both.plane.admin),
+            refusal=head_refusals(mint_id=mint_id, emit=emit),
+            emit=emit,
+        ),
+        duties=Duties(reload=both.plane.reload, drain=both.host.drain, announce=announce),
+        drain_within_s=both.plane.drain_within_s,
+    )
+
+
+@asynccontextmanager
+async def both_planes(settings: Settings, observed: Observed, stopping: Stopping) -> AsyncIterator[BothPlanes]:
+    """Run both planes for the length of the block.
 
     Raises `CannotServe`, `TableInvalid`, `TokensRefused`, `StateRootUnusable` or `VmmError`.
     """
@@ -60,17 +97,7 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
             clock=time.monotonic,  # uvloop's stands still for a millisecond
         ) as plane:
             await plane.registry.heard()
-            yield Assembled(
-                listeners=two_listeners(
-                    PREFIX,
-                    (front.listen, front.admin_listen),
-                    (plane.public, plane.admin),
-                    refusal=head_refusals(mint_id=mint_id, emit=emit),
-                    emit=emit,
-                ),
-                duties=Duties(reload=plane.reload, drain=host.drain, announce=_announcer(settings, host)),
-                drain_within_s=plane.drain_within_s,
-            )
+            yield BothPlanes(catalog=catalog, host=host, plane=plane)
 
 
 def table_source(settings: Settings) -> TableSource:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 TEXT_CHARS_MAX = 500
 _OURS = __file__.rpartition("/")[0] + "/"
 _WORKLOADS = _OURS + "workloads/"
+_IMPORT = "<frozen importlib"
 _WAYS_IN = ("asyncio", "concurrent", "importlib")
 """Packages of the standard library through which a workload is imported and called."""
 
@@ -36,12 +37,13 @@ def log(error: BaseException) -> None:
 
 
 def _begin_with_the_author(told: TracebackException) -> None:
-    frames = [frame for frame in told.stack if not frame.filename.startswith("<frozen importlib")]
+    importing = bool(told.stack) and told.stack[-1].filename.startswith(_IMPORT)
+    frames = [frame for frame in told.stack if not frame.filename.startswith(_IMPORT)]
     first = next((place for place, frame in enumerate(frames) if not _is_way_in(frame)), None)
     if first is not None:
         told.stack[:] = frames[first:]
-    elif told.exc_type is not None and issubclass(told.exc_type, SyntaxError):
-        del told.stack[:]  # it says itself where it is
+    elif importing:
+        del told.stack[:]  # of a file that can't be read or understood there is no line to begin with
     for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
         if other is not None:
             _begin_with_the_author(other)

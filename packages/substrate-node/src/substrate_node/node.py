@@ -99,7 +99,7 @@ class LocalNode:
         self._draining_until_s: float | None = None
         self._closing = False
         self._drain_timer: asyncio.TimerHandle | None = None
-        self._news = asyncio.Event()  # set for a moment when there is a base, or some memory
+        self._news = asyncio.Event()  # set for a moment when there is a base, or can be none, or some memory
         self._reaper = Reaper(emit=emit)
         self._ledger = Ledger(memory_mib, freed=self._memory_freed)
         clock = clock or loop.time
@@ -281,6 +281,11 @@ class LocalNode:
             if not self._digests_on[old]:
                 del self._digests_on[old]
                 self._bases.drop(old)
+
+    async def warmed(self, digest: str) -> None:
+        """Wait until guests of a workload start warm, or a first attempt at that has failed."""
+        while (key := self._hosted[digest].base_key) and self._bases.expected(key) and not self._bases.why_not(key):
+            await self._news.wait()
 
     @asynccontextmanager
     async def restored(self, digest: str) -> AsyncIterator[Guest]:

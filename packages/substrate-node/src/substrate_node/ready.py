@@ -17,7 +17,7 @@ from substrate_seam.workload import Workload
 ATTEMPT_CAP_S = 0.150
 """How long one question about readiness may hang. The first connection after a restore may hang for ever (P-01)."""
 _ATTEMPT_CAP_S_MAX = 5.0
-CAUSE_WITHIN_S = 0.200
+CAUSE_WITHIN_S = 1.0
 """A broken connection is known before the death that broke it; so long its cause is waited for."""
 PAUSE_S = 0.020
 _CLOCK_CAP_S = 0.5

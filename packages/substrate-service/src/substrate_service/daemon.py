@@ -7,7 +7,7 @@ import signal
 import ssl
 import sys
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from msgspec import Struct
@@ -101,6 +101,7 @@ def run_from_environment(
     read: Callable[[Mapping[str, str]], Settings],
     assemble: Callable[[Settings, Observed, Stopping], AbstractAsyncContextManager[Assembled]],
     mistakes: tuple[type[Exception], ...],
+    observing: Callable[[], AbstractContextManager[Observed]] = observed,
 ) -> int:
     """Be a daemon, from its environment to its exit status.
 
@@ -115,7 +116,7 @@ def run_from_environment(
 
     def to_the_end() -> int:
         settings = read(environment)
-        with observed() as observations:
+        with observing() as observations:
             return run(live(settings, observations))
 
     return exit_status(name, to_the_end, mistakes=(SettingsInvalid, ListenFailed, *mistakes))

@@ -30,9 +30,15 @@ class Observed(Struct, frozen=True, kw_only=True):
 @contextmanager
 def observed() -> Generator[Observed]:
     """Log to standard error, count and remember, for the length of the block."""
+    with event_log(STDERR) as log, told_to(log) as observations:
+        yield observations
+
+
+@contextmanager
+def told_to(log: Emit) -> Generator[Observed]:
+    """Count and remember for the length of the block, and tell every event to `log`."""
     metrics, stories = Metrics(), Stories(clock=time.time_ns)
     live = Live(clock=time.monotonic, wall_ms=lambda: time.time_ns() // 1_000_000)
-    with event_log(STDERR) as log:
-        emit = fan_out(log, metrics, stories.emit, live)
-        with library_logs_to(emit):
-            yield Observed(emit=emit, metrics=metrics, stories=stories, live=live)
+    emit = fan_out(log, metrics, stories.emit, live)
+    with library_logs_to(emit):
+        yield Observed(emit=emit, metrics=metrics, stories=stories, live=live)

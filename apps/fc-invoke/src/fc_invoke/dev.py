@@ -1,0 +1,185 @@
+"""`fc-invoke dev`: one workload served from a developer's own files, as they are at each call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from msgspec import Struct
+
+from fc_invoke.files import Sight, seen
+from fc_invoke.screen import Screen
+from fc_invoke.serving import MISTAKES
+from fc_invoke.settings import Settings, read_settings
+from fc_invoke.target import mistakes
+from fc_invoke.wiring import assembled, both_planes
+from substrate_node.node import LocalNode
+from substrate_seam.workload import Workload
+from substrate_service.address import Address, ListenFailed, TcpAddress, bound
+from substrate_service.daemon import Assembled, run_from_environment
+from substrate_service.exchange import App, Message, Scope
+from substrate_service.observing import Observed, observed, told_to
+from substrate_service.signals import Stopping
+
+HOST = "127.0.0.1"
+PORT_MAX = 65535
+OPEN_TO_OTHERS = 0o005
+PAUSE_S, SHARE = 0.3, 20
+"""Files are looked at so often, and for at most one part in so many of the time."""
+_CALLS = ("/invoke/", "/http/")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class Work(Struct, frozen=True, kw_only=True):
+    """What a developer wants served: `target` is `module:attribute` below `path`; ports of 0 are any that are free."""
+
+    target: str
+    path: Path
+    name: str
+    port: int
+    admin_port: int
+    memory_mib: int
+    timeout: str
+    env: tuple[str, ...]
+    as_json: bool = False
+
+
+def dev(work: Work, environment: Mapping[str, str]) -> int:
+    """Serve until asked to stop; the exit status. What can't be served is told at once, all of it, with status 2."""
+    wrong = list(_mistakes(work, environment))
+    if wrong:
+        for line in wrong:
+            print(f"fc-invoke dev: {line}", file=sys.stderr)
+        return 2
+    screen = Screen(work.target)
+    observing: Callable[[], AbstractContextManager[Observed]] = observed if work.as_json else partial(told_to, screen)
+    # Not the place of a daemon: one may run on this machine, and other developers' too.
+    with tempfile.TemporaryDirectory(prefix="fc-invoke-dev-") as state:
+        return run_from_environment(
+            "fc-invoke dev",
+            version("fc-invoke"),
+            _settings(work, environment, state),
+            read=read_settings,
+            assemble=partial(_developing, work, screen),
+            mistakes=MISTAKES,
+            observing=observing,
+        )
+
+
+def _mistakes(work: Work, environment: Mapping[str, str]) -> Iterator[str]:
+    yield from mistakes(work.target, work.path)
+    if os.geteuid() == 0 and work.path.is_dir() and work.path.stat().st_mode & OPEN_TO_OTHERS != OPEN_TO_OTHERS:
+        yield f"--path: {work.path} is closed to others, and root's guests are others. Run `chmod o+rx {work.path}`"
+    if not _NAME.fullmatch(work.name):
+        yield f"--name: found {work.name!r}, accepted are letters, digits, '.', '_' and '-'"
+    for given in work.env:
+        if "=" not in given and given not in environment:
+            yield f"--env: found {given!r}, accepted is NAME=VALUE, or the name of a variable that is set here"
+    for option, port in (("--port", work.port), ("--admin-port", work.admin_port)):
+        if not 0 <= port <= PORT_MAX:
+            yield f"{option}: found {port}, accepted is a number up to {PORT_MAX}"
+            continue
+        try:
+            with bound(TcpAddress(HOST, port), setting=option):
+                pass
+        except ListenFailed as error:
+            yield str(error)
+
+
+def _settings(work: Work, environment: Mapping[str, str], state: str) -> dict[str, str]:
+    """The environment of a daemon that serves this and nothing else."""
+    workload = {
+        "command": ["python", "-m", "substrate_guest", "serve", work.target],
+        "path": str(work.path),
+        "memMib": work.memory_mib,
+        "requestTimeout": work.timeout,
+        "warmBase": True,
+        "env": {
+            name: value if given else environment[name]
+            for name, given, value in (item.partition("=") for item in work.env)
+        },
+    }
+    return {
+        "FC_INVOKE_LISTEN_ADDR": f"{HOST}:{work.port}",
+        "FC_INVOKE_ADMIN_LISTEN_ADDR": f"{HOST}:{work.admin_port}",
+        "FC_INVOKE_STATE_ROOT": state,
+        "FC_INVOKE_DRAIN_TIMEOUT": "2s",
+        "FC_INVOKE_WORKLOADS": json.dumps({work.name: workload}),
+    }
+
+
+@asynccontextmanager
+async def _developing(
+    work: Work, screen: Screen, settings: Settings, observations: Observed, stopping: Stopping
+) -> AsyncIterator[Assembled]:
+    """The daemon for the length of the block, and somebody who looks at the files."""
+    announce = partial(screen.welcome, work.name, work.path) if not work.as_json else _say_nothing
+    async with both_planes(settings, observations, stopping) as both, asyncio.TaskGroup() as duties:
+        [workload] = both.catalog.workloads()
+        newest = Newest(both.host.node, workload, work.path)
+        watching = duties.create_task(newest.watch(), name="watch the files")
+        try:
+            public = newest.before(both.plane.public)
+            yield assembled(settings, both, public=public, announce=announce, emit=observations.emit)
+        finally:
+            watching.cancel()
+
+
+def _say_nothing(_: list[Address]) -> None:
+    pass
+
+
+class Newest:
+    """Sees to it that a workload is what its files say now.
+
+    Files are looked at before every call, so that no call can be served by what was there before a save; and every now
+    and then, so that a mistake is told when it is saved. That needs no library, no watches of the kernel's, which
+    network and container file systems do not have, and has no moment in which a notice is still on its way.
+    """
+
+    def __init__(self, node: LocalNode, workload: Workload, path: Path) -> None:
+        self._node = node
+        self._workload = workload
+        self._path = str(path)
+        self._seen: Sight | None = None
+        self._looking = asyncio.Lock()
+
+    async def current(self) -> float:
+        """Return when the node has what the files are now, warm if that can be; the seconds that looking took."""
+        async with self._looking:
+            began_s = time.monotonic()
+            sight = await asyncio.to_thread(seen, self._path)
+            took_s = time.monotonic() - began_s
+            if sight != self._seen:
+                await self._node.ensure(self._workload)
+                self._seen = sight
+        await self._node.warmed(self._workload.digest)
+        return took_s
+
+    async def watch(self) -> None:
+        """Look at the files again and again."""
+        while True:
+            took_s = await self.current()
+            await asyncio.sleep(max(PAUSE_S, took_s * SHARE))
+
+    def before(self, app: App) -> App:
+        """`app`, where each call of a guest first waits until it would run what the files are now."""
+
+        async def served(
+            scope: Scope, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+        ) -> None:
+            if scope["type"] == "http" and scope["path"].startswith(_CALLS):
+                await self.current()
+            await app(scope, receive, send)
+
+        return served
