@@ -83,3 +83,6 @@ class Listeners:
         with suppress(OSError):  # the guest left again
             transport, _ = await self._loop.connect_accepted_socket(self._inbound[port], sock)
             self._transports.append(transport)
+        task = asyncio.current_task()
+        assert task is not None
+        self._attaching.discard(task)  # now, and not when its end is told: it would count twice until then
