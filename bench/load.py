@@ -39,9 +39,11 @@ class Burst(Struct, frozen=True):
         return self.latencies_us[self.calls // 2]
 
 
-def request(path: str, body: bytes = b"x" * 64) -> bytes:
-    """A POST of `body`."""
-    return b"POST %b HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (path.encode(), len(body), body)
+def request(path: str, *, start: str | None = None, body: bytes = b"x" * 64) -> bytes:
+    """A POST of `body`, which insists on a `start` of its guest at least that fast."""
+    demand = f"fc-require-start: {start}\r\n" if start else ""
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{demand}content-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 @contextmanager
@@ -59,10 +61,24 @@ def connected(port: int, clients: int) -> Iterator[list[socket.socket]]:
             client.close()
 
 
-def drive(port: int, path: str, *, clients: int, calls: int) -> Burst:
+def drive(port: int, path: str, *, clients: int, calls: int, start: str | None = None) -> Burst:
     """Make so many calls, `clients` of them at a time; every one of them ends. Raises `Wrong`."""
     with connected(port, clients) as sockets:
-        return _drive(sockets, request(path), calls)
+        return _drive(sockets, request(path, start=start), calls)
+
+
+def until_served(port: int, path: str, *, start: str | None = None) -> None:
+    """Call until a guest answers: a base may still have to be made. Raises `Wrong` when that takes too long."""
+    ends_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            drive(port, path, clients=1, calls=1, start=start)
+        except Wrong:
+            if time.monotonic() > ends_s:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _drive(sockets: list[socket.socket], message: bytes, calls: int) -> Burst:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import sys
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ SERVER_CORE, PEER_CORE = 0, 1
 POOL = 1024
 """As many guests as a workload may have parked: a burst of calls has no more, so that each finds one."""
 ROOT = Path(__file__).parents[1]
+_PARKED = re.compile(r'^substrate_guests\{[^}]*state="parked"[^}]*\} ([0-9.e+]+)$', re.MULTILINE)
 
 _NGINX = """
 daemon off; master_process off; pid {home}/nginx.pid; error_log {home}/nginx.error;
@@ -38,8 +41,9 @@ http {{
 class Server:
     """A server and the processes it is made of; `front` takes calls on `port`, `node` parks guests."""
 
-    def __init__(self, port: int, *, front: Process, node: Process) -> None:
+    def __init__(self, port: int, *, front: Process, node: Process, admin_port: int = 0) -> None:
         self.port = port
+        self.admin_port = admin_port
         self.front = front
         self.node = node
 
@@ -54,6 +58,15 @@ class Server:
     def park(self, workload: str, count: int = POOL) -> None:
         """Have so many guests of a workload ready, and let no more be parked from then on."""
         assert self.node.ask(f"{workload} {count}") == "done"
+
+    def until_parked(self, count: int) -> None:
+        """Wait until the admin listener counts so many parked guests."""
+        self.node.until(f"{count} guests are parked", lambda: self._parked() >= count)
+
+    def _parked(self) -> int:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.admin_port}/metrics") as answer:
+            metrics = answer.read().decode()
+        return sum(int(float(number)) for number in _PARKED.findall(metrics))
 
     def park_whenever(self, workload: str) -> None:
         """Let guests be parked as they are taken, as a daemon does by itself."""
@@ -83,6 +96,12 @@ def nginx(home: Path, guest_socket: Path) -> Iterator[Server]:
         yield Server(port, front=process, node=process)
 
 
+def served(module: str, **fields: object) -> dict[str, object]:
+    """An entry of a table for a real process guest, which is cloned for each call."""
+    command = ["python", "-m", "substrate_guest", "serve", module]
+    return {"command": command, "memMib": 64, "concurrency": 64, "warmBase": True, **fields}
+
+
 def workload(**fields: object) -> dict[str, object]:
     """An entry of a table; over the double its command is never run."""
     return {"command": ["python", "-c", ""], "memMib": 32, "concurrency": 4096, "warmBase": True, **fields}
@@ -96,8 +115,8 @@ def one_process(
     argv = _argv("fc-invoke", "fc_invoke", guest_socket)
     environment = _front("FC_INVOKE_", home, table) | _node("FC_INVOKE_", home / name, over_double=bool(guest_socket))
     with running(argv, core=core, log=home / f"{name}.log", environment=environment) as process:
-        port = _port_of(process)
-        yield Server(port, front=process, node=process)
+        port, admin_port = _ports_of(process)
+        yield Server(port, front=process, node=process, admin_port=admin_port)
 
 
 @contextmanager
@@ -110,11 +129,11 @@ def two_processes(home: Path, table: Mapping[str, object], *, guest_socket: Path
         "NODE_DAEMON_NODE": "node-1",
     }
     with running(node_argv, core=core, log=home / "node.log", environment=node_environment) as node:
-        address = f"node-1=http://127.0.0.1:{_port_of(node)}"
+        address = f"node-1=http://127.0.0.1:{_ports_of(node)[0]}"
         environment = _front("CLUSTER_AGENT_", home, table) | {"CLUSTER_AGENT_NODES": address}
         argv = _argv("cluster-agent", "cluster_agent", None)
         with running(argv, core=core, log=home / "agent.log", environment=environment) as agent:
-            yield Server(_port_of(agent), front=agent, node=node)
+            yield Server(_ports_of(agent)[0], front=agent, node=node)
 
 
 def _argv(daemon: str, module: str, guest_socket: Path | None) -> list[str | Path]:
@@ -141,8 +160,8 @@ def _node(prefix: str, state: Path, *, over_double: bool) -> dict[str, str]:
     return own | ({f"{prefix}MEMORY_MIB": "1000000000"} if over_double else {})
 
 
-def _port_of(process: Process) -> int:
-    """The port that a daemon of ours says it listens on."""
+def _ports_of(process: Process) -> tuple[int, int]:
+    """The ports that a daemon of ours says it listens on, for callers and for operators."""
 
     def started() -> dict[str, str] | None:
         for line in process.log.read_text().splitlines():
@@ -153,7 +172,7 @@ def _port_of(process: Process) -> int:
     process.until("daemon.started", started)
     event = started()
     assert event is not None
-    return int(event["listen"].rpartition(":")[2])
+    return tuple(int(event[name].rpartition(":")[2]) for name in ("listen", "admin"))
 
 
 def free_port() -> int:

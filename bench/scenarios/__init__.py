@@ -32,7 +32,7 @@ class Scenario(Struct, frozen=True):
 
 def all_scenarios() -> dict[str, Scenario]:
     """Every scenario, in the order in which they are run."""
-    from bench.scenarios import exchange, reply, restore_microvm, scale, split, streams
+    from bench.scenarios import exchange, fresh, parked, reply, restore_microvm, scale, split, streams
 
-    modules = (exchange, split, reply, streams, scale, restore_microvm)
+    modules = (exchange, fresh, parked, split, reply, streams, scale, restore_microvm)
     return {module.SCENARIO.name: module.SCENARIO for module in modules}

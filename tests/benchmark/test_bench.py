@@ -19,6 +19,8 @@ PART_OF = {"nginx": "nginx", "bwrap": "bubblewrap"}
 def _each_scenario():
     for scenario in all_scenarios().values():
         marks = [needs(PART_OF[program]) for program in scenario.programs]
+        if scenario.name in {"fresh", "parked"}:
+            marks.append(needs("user-namespaces"))
         yield pytest.param(scenario, id=scenario.name, marks=marks)
 
 
