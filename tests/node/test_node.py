@@ -109,7 +109,7 @@ def test_what_a_reader_pieces_together_is_what_the_node_would_say():
         async with heard(house) as reports:
             await house.warmed(ONE, WARM, POOLED)
             calls = [house.start(house.call(each)) for each in (ONE, ONE, WARM, POOLED)]
-            for moment_s in (0.03, 0.05, 0.1, 0.3, 1.0):
+            for moment_s in (0.05, 0.05, 0.1, 0.3, 1.0):
                 await asyncio.sleep(moment_s)
                 await asyncio.sleep(0.06)
                 known: dict[str, object] = {}

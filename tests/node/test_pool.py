@@ -40,6 +40,19 @@ def test_as_many_guests_are_parked_as_asked_for_and_again_after_each_call(kept: 
     simulated(story)
 
 
+def test_the_next_guest_is_begun_only_when_a_short_call_is_over():
+    """Making it takes processors, and the loop, from the call that has just taken one."""
+
+    async def story(house: House) -> None:
+        await house.warmed(POOLED)
+        assert await house.call(POOLED) == b"ping"
+        assert house.node._pool.stock(POOLED.digest) == (1, 0)
+        await asyncio.sleep(0.021)
+        assert house.node._pool.stock(POOLED.digest) == (1, 1)
+
+    simulated(story)
+
+
 def test_the_guest_that_was_parked_first_serves_first():
     async def story(house: House) -> None:
         await house.warmed(POOLED)

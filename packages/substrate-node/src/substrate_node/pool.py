@@ -17,6 +17,8 @@ from substrate_seam.events import Emit, GuestGone, GuestParked, WarningRaised
 
 _MAKING_MAX = 2
 """So many guests of one workload are made ready at once: parking must not crowd out calls."""
+_AFTER_S = 0.02
+"""So long after a guest was taken the next one is begun: making it must not delay the call that took it."""
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 1.0, 60.0
 
 
@@ -43,6 +45,7 @@ class _Bay:
         self.making: dict[Making, Lease] = {}
         self.backoff_s = _BACKOFF_S_MIN
         self.retry: asyncio.TimerHandle | None = None
+        self.later: asyncio.TimerHandle | None = None
 
     @property
     def short(self) -> bool:
@@ -101,14 +104,15 @@ class Pool:
         return (len(bay.parked), len(bay.making)) if bay else (0, 0)
 
     def take(self, digest: str) -> Parked | None:
-        """Take the guest that was parked first; another is made in the background."""
+        """Take the guest that was parked first; another is made in the background, a moment later."""
         bay = self._bays.get(digest)
         if bay is None or not bay.parked:
             return None
         parked, _ = bay.parked.popitem(last=False)
         self._stock_mib -= parked.lease.mib
         self._restocked(bay)
-        self.refill(digest)
+        if bay.later is None:
+            bay.later = asyncio.get_running_loop().call_later(_AFTER_S, self._refill_after, bay)
         return parked
 
     def make_room(self, mib: int) -> bool:
@@ -169,8 +173,9 @@ class Pool:
         bay = self._bays.pop(digest, None)
         if bay is None:
             return
-        if bay.retry is not None:
-            bay.retry.cancel()
+        for timer in (bay.retry, bay.later):
+            if timer is not None:
+                timer.cancel()
         while bay.making:
             self._call_off(bay)
         while bay.parked:
@@ -232,6 +237,10 @@ class Pool:
         )
         bay.retry = asyncio.get_running_loop().call_later(bay.backoff_s, self._retry, bay)
         bay.backoff_s = min(bay.backoff_s * 2, _BACKOFF_S_MAX)
+
+    def _refill_after(self, bay: _Bay) -> None:
+        bay.later = None
+        self.refill(bay.hosted.workload.digest)
 
     def _retry(self, bay: _Bay) -> None:
         bay.retry = None
