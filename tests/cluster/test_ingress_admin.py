@@ -24,10 +24,14 @@ class OneToken:
 
 def admin(*, reasons=(), authenticator=None, journal=None, host=None):
     stories = {"a" * 32: {"events": [InvocationFenced(invocation_id="a" * 32, ran="no")]}}
+
+    async def story(invocation_id):
+        return stories.get(invocation_id)
+
     return admin_app(
         ready=lambda: list(reasons),
         metrics=lambda: b"substrate_calls_total 1\n",
-        story=stories.get,
+        story=story,
         journal=journal,
         host=host,
         live=lambda: {"waiting": 3},

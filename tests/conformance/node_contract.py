@@ -655,6 +655,18 @@ async def cancelling_what_has_ended_says_whether_it_may_have_run(bench: Bench) -
     assert await bench.node.cancel(refused.invocation.id) is Ran.NO
 
 
+@promise
+async def what_is_kept_of_a_call_can_be_asked_for(bench: Bench) -> None:
+    """By its id, also when it is over; of what never came nothing is kept."""
+    outcome = await bench.call(await known(bench))
+    await asyncio.sleep(0.1)
+    story = await bench.node.story(outcome.invocation.id)
+    names = [happened.event["event"] for happened in story.events]
+    assert names == ["slot.taken", "guest.claimed", "exchange.ended", "guest.gone", "slot.freed"]
+    assert story.events[-1].at_ns <= story.now_ns
+    assert await bench.node.story("f" * 32) is None
+
+
 # Sessions.
 
 

@@ -26,6 +26,8 @@ from substrate_seam.invocation import Demands, GuestRequest, Headers, Invocation
 from substrate_seam.wire import HEAD_BYTES_MAX
 from substrate_seam.workload import Workload, WorkloadSpec
 from substrate_service.listener import ListenerLimits, protocol_factory, strict_config
+from substrate_service.sinks import fan_out
+from substrate_service.stories import Stories
 
 NODE_ID = "node-1"
 ADDRESS = (NODE_ID, 8443)
@@ -260,12 +262,14 @@ async def machine(dice: Random) -> AsyncIterator[Machine]:
 @asynccontextmanager
 async def running(there: Machine, *, boot_id: str = "boot1") -> AsyncIterator[LocalNode]:
     """A node on that machine; when it ends, its memory is all there."""
+    stories = Stories(clock=lambda: round(asyncio.get_running_loop().time() * 1e9))
     node = LocalNode(
         NodeIdentity(node_id=NODE_ID, boot_id=boot_id, arch="amd64"),
         vmms=[there.vmm],
         memory_mib=MEMORY_MIB,
         mint=IdentityMint(wall_ns=lambda: 1, entropy=Random(boot_id).randbytes),
-        emit=there.events.append,
+        emit=fan_out(there.events.append, stories.emit),
+        story=stories.story,
         times=NodeTimes(boot_within_s=10.0),
     )
     async with node:

@@ -26,6 +26,7 @@ def table() -> Table:
         "echo": workload("substrate_guest.workloads.echo:app"),
         "python": workload("substrate_guest.workloads.python:app", memMib=128),
         "flows": workload("flows:app", path=str(GUESTS), requestTimeout="2s", startTimeout="10s"),
+        "patient": workload("flows:app", path=str(GUESTS), requestTimeout="60s"),
         "narrow": workload("flows:app", path=str(GUESTS), concurrency=1, queue=1, startTimeout="5s"),
         "dies": {"command": ["python", "-c", "import sys; sys.exit('no such model')"], "memMib": 64},
         "parked": workload("substrate_guest.workloads.echo:app", pool=2),

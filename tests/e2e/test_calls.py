@@ -3,6 +3,9 @@
 import asyncio
 import base64
 import json
+import signal
+import sys
+from typing import Any
 
 import httpx
 import pytest
@@ -189,17 +192,74 @@ async def leave_within(running: System, what: str, stage: str) -> None:
                 return
 
 
-async def test_the_story_of_a_call_can_be_read_afterwards(running):
-    """The admin listener tells every step of an invocation, and the node's its own part."""
-    reply = await running.invoke("echo", body=b"x")
-    path = f"/v1/invocations/{reply.headers['fc-invocation-id']}"
-    await until(lambda: running.node.seen("exchange.ended"))  # the reply does not wait for it
-    told = []
-    for process in running.processes:
-        story = await running.client.get(process.admin_url + path)
-        assert story.status_code == 200, story.text
-        told += [event["event"] for event in story.json()["events"]]
-    assert {"invocation.accepted", "invocation.placed", "guest.claimed", "exchange.ended"} <= set(told)
+async def whole_story(running: System, reply: httpx.Response) -> dict[str, Any]:
+    """What the front's admin listener tells of a call once its guest is gone, which no reply waits for."""
+    await until(lambda: running.node.seen("slot.freed"), within_s=30.0)
+    story = await running.client.get(f"{running.front.admin_url}/v1/invocations/{reply.headers['fc-invocation-id']}")
+    assert story.status_code == 200, story.text
+    return dict(story.json())
+
+
+async def test_the_whole_story_of_a_call_is_told_in_one_place(running):
+    """Every step of an invocation in order, the node's part included, wherever the node is."""
+    story = await whole_story(running, await running.invoke("echo", body=b"x"))
+    names = [event["event"] for event in story["events"]]
+    assert [name for name in names if name != "invocation.ended"] == [
+        *("invocation.accepted", "invocation.placed", "slot.taken", "guest.claimed"),
+        *("exchange.ended", "guest.gone", "slot.freed"),
+    ]
+    assert story["summary"]["status"] == 200
+    assert story["summary"]["guest_end"] == "its node ended it, after its reply was whole"
+    assert "silent" not in story
+
+
+async def test_a_story_says_what_the_guest_used(running):
+    """CPU time and peak memory as measured, of work that is known, and how long each phase took."""
+    reply = await running.invoke("patient?work")
+    assert reply.text == "80000000"
+    summary = (await whole_story(running, reply))["summary"]
+    assert 100 <= summary["cpu_ms"] < 5000
+    assert 76 <= summary["peak_mib"] < 500
+    assert summary["guest_ms"] >= 100
+    assert {"queue_ms", "claim_ms", "ready_ms", "total_ms"} <= summary.keys()
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("die-before", "it ended by itself: exit status 3"),
+        ("sleep", "its node ended it: the guest did not finish within 2.0 s"),
+        ("leave", "its node ended it: its caller left before the reply was whole"),
+    ],
+)
+async def test_explain_says_who_ended_the_guest_and_why(running, what, words):
+    """From the front's story alone, which the command fetches by the id that every answer names."""
+    if what == "leave":
+        async with running.client.stream("POST", running.front.url + "/invoke/flows?endless") as reply:
+            await anext(reply.aiter_bytes())
+    else:
+        reply = await running.invoke(f"flows?{what}")
+    await until(lambda: running.node.seen("slot.freed"), within_s=30.0)
+    explain = ["-m", "fc_invoke", "explain", reply.headers["fc-invocation-id"], "--admin-url", running.front.admin_url]
+    said = await asyncio.create_subprocess_exec(sys.executable, *explain, stdout=asyncio.subprocess.PIPE)
+    out, _ = await said.communicate()
+    assert said.returncode == 0
+    (end,) = [line for line in out.decode().splitlines() if line.startswith("end ")]
+    assert end == f"end    {words}"
+
+
+async def test_a_node_that_is_gone_is_named_and_the_rest_is_told(start, kind):
+    """An agent tells what it knows itself."""
+    if kind == "single":
+        pytest.skip("one process is gone as a whole")
+    async with start() as running:
+        reply = await running.invoke("echo")
+        running.node.signal(signal.SIGKILL)
+        await running.node.ended()
+        url = f"{running.front.admin_url}/v1/invocations/{reply.headers['fc-invocation-id']}"
+        story = (await running.client.get(url)).json()
+        assert "node-1" in story["silent"]
+        assert story["summary"]["status"] == 200
 
 
 async def test_what_a_call_printed_is_in_its_story(running):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from substrate_node.admin import AdminApp
+from substrate_seam.story import Happened, Story
 
 HERE = [(b"host", b"127.0.0.1:8081")]
 
@@ -13,7 +14,7 @@ def app(**parts):
     given = {
         "ready": list,
         "metrics": lambda: b"substrate_x 1\n",
-        "story": {"abc": {"events": []}}.get,
+        "story": {"abc": Story(2, (Happened(1, {"event": "invocation.fenced", "ran": "no"}),))}.get,
         "journal": lambda: ["abc 1"],
         "live": lambda: {"waiting": 3},
         "page": (((b"content-type", b"text/html"),), b"<p>a page"),
@@ -39,7 +40,8 @@ async def test_what_operators_ask_for_is_there():
     assert await ask(app(), "/") == (200, b"<p>a page")
     assert await ask(app(), "/v1/live") == (200, b'{"waiting":3}')
     assert await ask(app(), "/metrics") == (200, b"substrate_x 1\n")
-    assert await ask(app(), "/v1/invocations/abc") == (200, b'{"events":[]}')
+    status, body = await ask(app(), "/v1/invocations/abc")
+    assert (status, json.loads(body)["events"]) == (200, [{"at_ms": 0.0, "event": "invocation.fenced", "ran": "no"}])
     status, body = await ask(app(), "/v1/audit")
     assert (status, json.loads(body)) == (200, {"entries": ["abc 1"]})
 

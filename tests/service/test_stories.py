@@ -1,6 +1,7 @@
 """A bounded ring tells the whole story of each recent invocation."""
 
 from substrate_seam.events import CallQueued, DaemonStopped, GuestGone
+from substrate_seam.story import Happened, Story
 from substrate_service.stories import EVENTS_MAX, Stories
 
 
@@ -27,14 +28,13 @@ def test_a_story_is_what_happened_in_order_with_times_since_its_beginning():
     stories.emit(queued("b"))
     stories.emit(DaemonStopped(daemon="d", clean=True))
     stories.emit(GuestGone(guest="g", workload="w", invocation_id="a"))
-    assert stories.story("a") == {
-        "invocation_id": "a",
-        "began_ns": 1_001_500_000,
-        "events": [
-            {"at_ms": 0.0, "event": "call.queued", "workload": "w", "waiting": 1},
-            {"at_ms": 3.0, "event": "guest.gone", "guest": "g", "workload": "w"},
-        ],
-    }
+    assert stories.story("a") == Story(
+        1_006_000_000,
+        (
+            Happened(1_001_500_000, {"event": "call.queued", "workload": "w", "waiting": 1}),
+            Happened(1_004_500_000, {"event": "guest.gone", "guest": "g", "workload": "w"}),
+        ),
+    )
 
 
 def test_nothing_is_told_of_an_unknown_invocation():
@@ -52,5 +52,5 @@ def test_an_endless_story_keeps_its_beginning():
     stories = Stories(clock=ticking())
     for number in range(EVENTS_MAX + 10):
         stories.emit(queued("a", waiting=number))
-    kept = [event["waiting"] for event in stories.story("a")["events"]]
+    kept = [happened.event["waiting"] for happened in stories.story("a").events]
     assert kept == list(range(EVENTS_MAX))

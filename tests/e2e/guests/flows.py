@@ -24,6 +24,11 @@ def app(request: Request) -> object:
             return Response(_endless(), headers=[("content-type", "text/plain")])
         case "print":
             sys.stdout.write("from within\n")
+        case "work":
+            kept, until_s = b"x" * 80_000_000, time.process_time() + 0.1
+            while time.process_time() < until_s:
+                pass
+            return str(len(kept))
         case "big":
             return b"x" * 20_000_000
     return b"done"

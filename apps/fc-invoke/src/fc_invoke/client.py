@@ -15,6 +15,10 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_ADMIN_URL = "http://127.0.0.1:8081"
 
 
+_PHASES = ("queue_ms", "claim_ms", "ready_ms", "guest_ms", "total_ms")
+_USED = (("cpu_ms", "CPU", "ms"), ("peak_mib", "peak", "MiB"))
+
+
 class Call(Struct, frozen=True):
     """What to call, and with which body."""
 
@@ -98,12 +102,31 @@ def fetch_story(admin_url: str, invocation_id: str, *, token: str | None) -> dic
 
 
 def told(story: dict[str, Any]) -> str:
-    """A story in lines: milliseconds since its beginning, what happened, the details."""
-    lines = []
+    """A story in lines: the sum of it; then milliseconds since its beginning, what happened, the details."""
+    lines = [*_summed(story["summary"]), ""]
+    lines += [f"(node {node!r} tells nothing: {why})" for node, why in story.get("silent", {}).items()]
     for event in story["events"]:
         details = "  ".join(f"{key}={_brief(value)}" for key, value in event.items() if key not in {"at_ms", "event"})
         lines.append(f"{event['at_ms']:>10.1f} ms  {event['event']:<22} {details}")
     return "\n".join(lines)
+
+
+def _summed(summary: dict[str, Any]) -> list[str]:
+    """What became of an invocation, in a few lines, as far as it is known."""
+    phases = [f"{name.removesuffix('_ms')} {summary[name]:.1f} ms" for name in _PHASES if name in summary]
+    used = [f"{label} {summary[name]:.1f} {unit}" for name, label, unit in _USED if summary.get(name) is not None]
+    facts = {
+        "call": _joined(summary, "workload", "caller", "status", "ran", "reason", "message"),
+        "guest": _joined(summary, "guest", "node", "isolation", "start", "attempt"),
+        "end": summary.get("guest_end", ""),
+        "time": ", ".join(phases),
+        "used": ", ".join(used),
+    }
+    return [f"{name:<6} {words}" for name, words in facts.items() if words]
+
+
+def _joined(summary: dict[str, Any], *names: str) -> str:
+    return "  ".join(f"{name}={_brief(summary[name])}" for name in names if summary.get(name))
 
 
 def _origin(reply: httpx.Response) -> str:

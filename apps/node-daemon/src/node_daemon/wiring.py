@@ -30,7 +30,12 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
         emit(WarningRaised(message=f"the wire is in plain text on {settings.listen}: {PLAINTEXT_DANGER}"))
     context = server_context(cert=tls.cert, key=tls.key, ca=tls.ca) if tls is not None else None
     async with hosted_node(
-        settings.node, daemon="node-daemon", prefix=PREFIX, guest_argv=isolation.argv(), emit=emit
+        settings.node,
+        daemon="node-daemon",
+        prefix=PREFIX,
+        guest_argv=isolation.argv(),
+        emit=emit,
+        story=observed.stories.story,
     ) as host:
         wire = NodeDaemon(
             host.node,

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Final, Protocol
@@ -20,9 +21,11 @@ from substrate_cluster.ingress import Limits, Page, admin_app, default_hosts, pu
 from substrate_cluster.nodes.registry import Registry
 from substrate_cluster.placement.executor import PlacedExecutor
 from substrate_cluster.placement.index import NodeIndex
+from substrate_cluster.stories import whole_story
 from substrate_seam.events import Emit, WarningRaised
 from substrate_seam.executor import Node
 from substrate_seam.report import NodeReport
+from substrate_seam.story import Story
 
 _DRAIN_MARGIN_S: Final = 30.0
 
@@ -77,7 +80,7 @@ class Observers(Struct, frozen=True, kw_only=True):
 
     emit: Emit
     metrics: Callable[[], bytes]
-    story: Callable[[str], object | None]
+    story: Callable[[str], Story | None]
     live: Live
     page: Page
     journal: Callable[[], list[str]] | None = None
@@ -187,7 +190,7 @@ async def control_plane(
     admin = admin_app(
         ready=ready,
         metrics=observers.metrics,
-        story=observers.story,
+        story=partial(whole_story, own=observers.story, nodes=nodes),
         live=lambda: observers.live(nodes=registry.reports(), lost=registry.lost, reasons=ready()),
         page=observers.page,
         journal=observers.journal,

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from substrate_seam.story import Story, told
+
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -44,7 +46,7 @@ class AdminApp:
         *,
         ready: Callable[[], list[str]],
         metrics: Callable[[], bytes],
-        story: Callable[[str], object | None],
+        story: Callable[[str], Story | None],
         live: Callable[[], object],
         page: Page,
         journal: Callable[[], list[str]] | None,
@@ -94,9 +96,10 @@ class AdminApp:
             return 200, *self._pages[path]()
         if path == "/v1/audit":
             return 404, _TEXT, b"no audit journal is kept: set NODE_DAEMON_AUDIT_JOURNAL to a file\n"
-        story = self._story(path.removeprefix(_STORIES)) if path.startswith(_STORIES) else None
+        invocation_id = path.removeprefix(_STORIES)
+        story = self._story(invocation_id) if path.startswith(_STORIES) else None
         if story is not None:
-            return 200, _JSON, msgspec.json.encode(story)
+            return 200, _JSON, msgspec.json.encode(told(invocation_id, story))
         return 404, _TEXT, f"nothing is known under {path[:100]!r}; there is {_ROUTES}\n".encode()
 
 

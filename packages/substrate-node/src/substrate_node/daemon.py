@@ -34,6 +34,7 @@ from substrate_seam.wire import (
     WORKLOADS,
     CancelAnswer,
     DrainOrder,
+    StoryAnswer,
     WireError,
     data_frames,
     decode_invocation,
@@ -84,6 +85,7 @@ class NodeDaemon:
             ("GET", REPORTS): self._reports,
             ("POST", INVOCATIONS): self._invoke,
             ("DELETE", f"{INVOCATIONS}/*"): self._cancel,
+            ("GET", f"{INVOCATIONS}/*"): self._story,
             ("PUT", f"{WORKLOADS}/*"): self._ensure,
             ("DELETE", f"{WORKLOADS}/*"): self._forget,
             ("PUT", DRAIN): self._drain,
@@ -180,6 +182,10 @@ class NodeDaemon:
             raise _refused(Reason.BAD_REQUEST, "an invocation's id is 32 hex digits")
         ran = await self._node.cancel(call.last)
         await call.answer(200, msgspec.json.encode(CancelAnswer(ran)))
+
+    async def _story(self, call: _Call) -> None:
+        story = await self._node.story(call.last)
+        await call.answer(200, msgspec.json.encode(StoryAnswer(story)))
 
     # Workloads, size and drain.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Literal, Protocol, TextIO
@@ -21,6 +21,7 @@ from substrate_node.ready import IdentityMint
 from substrate_node.state import StateRoot, default_state_root, locked_state_root
 from substrate_node.vmm import Orphan, Vmm
 from substrate_seam.events import Emit, OrphanRemoved, WarningRaised
+from substrate_seam.story import Story
 
 
 class NodeSettings(Protocol):
@@ -95,13 +96,19 @@ class JournalFile:
 
 @asynccontextmanager
 async def hosted_node(
-    settings: NodeSettings, *, daemon: str, prefix: str, guest_argv: tuple[str, ...], emit: Emit
+    settings: NodeSettings,
+    *,
+    daemon: str,
+    prefix: str,
+    guest_argv: tuple[str, ...],
+    emit: Emit,
+    story: Callable[[str], Story | None] = lambda _: None,
 ) -> AsyncIterator[HostedNode]:
     """Be a node for the length of the block, in a daemon of that name whose settings begin with `prefix`.
 
-    `guest_argv` starts a process guest (see `ProcessVmm`). MicroVMs are made where Firecracker and KVM are at hand.
-    Raises `StateRootUnusable`, `VmmError` if no guest can be started at all or not as it was asked for, and `OSError`
-    for a journal it can't write.
+    `guest_argv` starts a process guest (see `ProcessVmm`), `story` is for agents (see `LocalNode`). MicroVMs are made
+    where Firecracker and KVM are at hand. Raises `StateRootUnusable`, `VmmError` if no guest can be started at all or
+    not as it was asked for, and `OSError` for a journal it can't write.
     """
     boot_id = os.urandom(16).hex()
     place = settings.state_root or default_state_root(daemon, os.environ)
@@ -125,6 +132,7 @@ async def hosted_node(
             emit=emit,
             times=NodeTimes(boot_within_s=settings.boot_within_s),
             record=journal.record if journal is not None else None,
+            story=story,
             clock=time.monotonic,  # uvloop's clock stands still for a millisecond
         ) as node:
             isolation = await processes.probe()

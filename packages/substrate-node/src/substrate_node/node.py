@@ -35,6 +35,7 @@ from substrate_seam.events import (
 from substrate_seam.executor import Node
 from substrate_seam.invocation import Invocation
 from substrate_seam.report import NodeLimits, NodeReport, WorkloadReport
+from substrate_seam.story import Story
 from substrate_seam.workload import FEATURES, Workload
 
 FORGOTTEN_KEPT_S = 600.0
@@ -65,7 +66,8 @@ class NodeTimes(Struct, frozen=True, kw_only=True):
 class LocalNode:
     """Runs invocations on this machine. An async context manager: leaving it ends every guest.
 
-    `vmms` are asked in order which of them runs a workload. `record`, if given, keeps the audit journal. `clock` gives
+    `vmms` are asked in order which of them runs a workload. `record`, if given, keeps the audit journal, and
+    `story` tells what is kept of an invocation. `clock` gives
     seconds to measure by, finer than an event loop may tell them; without it the loop's own do.
     """
 
@@ -79,6 +81,7 @@ class LocalNode:
         emit: Emit,
         times: NodeTimes | None = None,
         record: Record | None = None,
+        story: Callable[[str], Story | None] = lambda _: None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         times = times or NodeTimes()
@@ -88,6 +91,7 @@ class LocalNode:
         self._mint = mint
         self._leave_within_s = times.leave_within_s
         self._record = record
+        self._story = story
         self._loop = loop = asyncio.get_running_loop()
         self._hosted: dict[str, Hosted] = {}
         # Dicts that only have keys are sets in order, which makes a run repeatable.
@@ -205,6 +209,10 @@ class LocalNode:
         ran = self._calls.fence(invocation_id)
         self._emit(InvocationFenced(invocation_id=invocation_id, ran=ran))
         return ran
+
+    async def story(self, invocation_id: str) -> Story | None:
+        """What is kept of an invocation, by a daemon that is a node and no more."""
+        return self._story(invocation_id)
 
     def _host_of(self, invocation: Invocation) -> Hosted:
         if self._draining_until_s is not None:

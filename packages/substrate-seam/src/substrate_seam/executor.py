@@ -9,6 +9,7 @@ from typing import Protocol
 from substrate_seam.errors import Ran
 from substrate_seam.invocation import Invocation, Reply
 from substrate_seam.report import NodeLimits, NodeReport
+from substrate_seam.story import Story
 from substrate_seam.workload import Workload
 
 
@@ -50,6 +51,13 @@ class Node(NodeExecutor, Protocol):
 
     async def cancel(self, invocation_id: str) -> Ran:
         """Stop an invocation and fence its id, so that it never starts later; says whether it may have run."""
+        ...
+
+    async def story(self, invocation_id: str) -> Story | None:
+        """What the node's own daemon tells of an invocation; None if nothing, or if it is told in this process.
+
+        Raises `GuestUnavailable` if the node can't be asked.
+        """
         ...
 
     async def drain(self, *, within_s: float) -> None:

@@ -38,6 +38,7 @@ from substrate_seam.invocation import (
     Trace,
     WorkloadRef,
 )
+from substrate_seam.story import Story
 
 INVOCATIONS: Final = "/v1/invocations"
 WORKLOADS: Final = "/v1/workloads"
@@ -139,6 +140,12 @@ class CancelAnswer(Struct, frozen=True):
     """What `DELETE /v1/invocations/{id}` answers."""
 
     ran: Ran
+
+
+class StoryAnswer(Struct, frozen=True):
+    """What `GET /v1/invocations/{id}` answers; None when the node keeps nothing of it."""
+
+    story: Story | None
 
 
 class DrainOrder(Struct, frozen=True):

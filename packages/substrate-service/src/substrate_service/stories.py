@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
 from substrate_seam.events import Event
+from substrate_seam.story import Happened, Plain, Story
 
 STORIES_MAX, EVENTS_MAX = 4_096, 64
 
@@ -37,20 +37,15 @@ class Stories:
         if len(story) < EVENTS_MAX:
             story.append((self._clock(), event))
 
-    def story(self, invocation_id: str) -> dict[str, Any] | None:
-        """What happened, in order, ready for JSON: each event with `at_ms` since the first. None if none is kept."""
+    def story(self, invocation_id: str) -> Story | None:
+        """What happened, in order. None if nothing of it is kept."""
         story = self._stories.get(invocation_id)
         if not story:
             return None
-        began_ns = story[0][0]
-        return {
-            "invocation_id": invocation_id,
-            "began_ns": began_ns,
-            "events": [{"at_ms": round((at_ns - began_ns) / 1e6, 3), **_plain(event)} for at_ns, event in story],
-        }
+        return Story(self._clock(), tuple(Happened(at_ns, _plain(event)) for at_ns, event in story))
 
 
-def _plain(event: Event) -> dict[str, Any]:
+def _plain(event: Event) -> Plain:
     plain = dict(msgspec.to_builtins(event))
     plain.pop("invocation_id", None)
     return plain

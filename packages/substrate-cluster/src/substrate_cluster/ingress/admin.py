@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 import msgspec
@@ -36,7 +36,7 @@ def admin_app(
     *,
     ready: ReadyReasons,
     metrics: Callable[[], bytes],
-    story: Callable[[str], object | None],
+    story: Callable[[str], Awaitable[object | None]],
     live: Callable[[], object],
     page: Page,
     journal: Callable[[], list[str]] | None = None,
@@ -95,7 +95,7 @@ def admin_app(
 
     async def told_story(exchange: Exchange) -> None:
         invocation_id = exchange.scope["path"].removeprefix(_STORIES)
-        found = story(invocation_id)
+        found = await story(invocation_id)
         if found is None:
             raise refused(
                 Reason.NOT_FOUND,

@@ -29,6 +29,7 @@ from substrate_seam.errors import (
 from substrate_seam.executor import Node
 from substrate_seam.invocation import Invocation, Receipt, Reply
 from substrate_seam.report import NodeLimits, NodeReport
+from substrate_seam.story import Story
 from substrate_seam.wire import (
     BODY_WITHIN_S,
     BOOT_ID_HEADER,
@@ -43,6 +44,7 @@ from substrate_seam.wire import (
     DrainOrder,
     FrameReader,
     FrameType,
+    StoryAnswer,
     WireError,
     decode_end,
     decode_error,
@@ -57,6 +59,7 @@ _WITHDRAWING_MAX: Final = 256
 """So many calls that were left before their commit are withdrawn at once; a node notices the others by itself."""
 
 _report = msgspec.json.Decoder(NodeReport)
+_story_answer = msgspec.json.Decoder(StoryAnswer)
 _cancel_answer = msgspec.json.Decoder(CancelAnswer)
 
 
@@ -127,6 +130,14 @@ class RemoteNode:
         answer = await self._order("DELETE", f"{INVOCATIONS}/{invocation_id}")
         try:
             return _cancel_answer.decode(answer).ran
+        except msgspec.DecodeError as error:
+            raise self.unreachable(f"it answered something else: {error}") from error
+
+    async def story(self, invocation_id: str) -> Story | None:
+        """What the node keeps of an invocation. Raises `GuestUnavailable` if it can't be asked."""
+        answer = await self._order("GET", f"{INVOCATIONS}/{invocation_id}")
+        try:
+            return _story_answer.decode(answer).story
         except msgspec.DecodeError as error:
             raise self.unreachable(f"it answered something else: {error}") from error
 
