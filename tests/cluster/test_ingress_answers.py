@@ -324,9 +324,16 @@ async def test_the_invocation_carries_what_the_catalog_and_the_caller_said():
     assert invocation.trace.state == "a=1,b=2"
     request = invocation.request
     assert (request.method, request.target, request.body) == ("POST", "/invoke/s1?size=3", b"abcd")
-    assert bench.told(InvocationAccepted) == [
-        InvocationAccepted(invocation_id=invocation.id, workload="thumb", caller="alice", body_bytes=4, session="s1")
-    ]
+    (accepted,) = bench.told(InvocationAccepted)
+    assert accepted == InvocationAccepted(
+        invocation_id=invocation.id,
+        workload="thumb",
+        caller="alice",
+        body_bytes=4,
+        session="s1",
+        trace=invocation.trace.parent,
+        parent=invocation.trace.parent,
+    )
 
 
 async def test_any_method_reaches_a_guest_under_http_with_path_host_and_session_as_they_came():

@@ -191,8 +191,8 @@ async def _split(
     settings: dict[str, str],
 ) -> tuple[Process, Process]:
     """A node-daemon, and a cluster-agent that knows it. Each setting goes to whoever has it."""
-    of_node = {name: value for name, value in settings.items() if name in _NODE_SETTINGS}
-    of_front = {name: value for name, value in settings.items() if name not in _NODE_SETTINGS or name in _OF_BOTH}
+    of_node = {name: value for name, value in settings.items() if name in _NODE_SETTINGS or _is_of_both(name)}
+    of_front = {name: value for name, value in settings.items() if name not in _NODE_SETTINGS or _is_of_both(name)}
     env = _prefixed("NODE_DAEMON_", {**listening, **node_env, **of_node})
     node = await stack.enter_async_context(process("node-daemon", env=env, cwd=directory))
     await started(node)
@@ -206,8 +206,12 @@ _NODE_SETTINGS = {"STATE_ROOT", "MEMORY_MIB", "BOOT_READY_TIMEOUT", "AUDIT_JOURN
 _OF_BOTH = {"DRAIN_TIMEOUT"}
 
 
+def _is_of_both(name: str) -> bool:
+    return name in _OF_BOTH or name.startswith("OTEL_")
+
+
 def _prefixed(prefix: str, settings: dict[str, str]) -> dict[str, str]:
-    return {prefix + name: value for name, value in settings.items()}
+    return {name if name.startswith("OTEL_") else prefix + name: value for name, value in settings.items()}
 
 
 def stop(running: Process) -> None:

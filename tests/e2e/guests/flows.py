@@ -29,6 +29,9 @@ def app(request: Request) -> object:
             while time.process_time() < until_s:
                 pass
             return str(len(kept))
+        case "heard":
+            headers = dict(request.headers)
+            return {name: headers[name] for name in ("traceparent", "tracestate")}
         case "big":
             return b"x" * 20_000_000
     return b"done"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 
 from msgspec import Struct
 
@@ -10,6 +11,7 @@ from substrate_cluster.nodes.discovery import ACCEPTED, NodeAddress, parse_nodes
 from substrate_seam.tls import plaintext_refusal
 from substrate_service.settings import EnvironmentReader
 from substrate_service.shared_settings import FrontSettings, TlsFiles, read_front, read_tls
+from substrate_service.tracing import TracingSettings, read_tracing
 
 PREFIX = "CLUSTER_AGENT_"
 
@@ -20,6 +22,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     front: FrontSettings
     nodes: dict[str, NodeAddress]
     tls: TlsFiles | None
+    tracing: TracingSettings | None
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -40,8 +43,9 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         reader.refuse(
             f"{PREFIX}WORKLOADS_FILE", f"the path of a workload table, or {PREFIX}WORKLOADS with the table itself"
         )
+    tracing = read_tracing(reader, environment, service="cluster-agent", version=version("substrate-cluster-agent"))
     reader.finish()
-    return Settings(front=front, nodes=nodes, tls=tls)
+    return Settings(front=front, nodes=nodes, tls=tls, tracing=tracing)
 
 
 def _read_nodes(reader: EnvironmentReader) -> dict[str, NodeAddress]:

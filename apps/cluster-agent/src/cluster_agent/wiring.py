@@ -18,6 +18,7 @@ from substrate_cluster.nodes.remote import RemoteNode
 from substrate_cluster.plane import Observers, control_plane, mint_id
 from substrate_seam.events import WarningRaised
 from substrate_seam.tls import PLAINTEXT_DANGER, client_context
+from substrate_seam.tracing import pass_on
 from substrate_service.daemon import Assembled, Duties, two_listeners
 from substrate_service.observing import Observed
 from substrate_service.page import page
@@ -59,6 +60,7 @@ async def daemon(settings: Settings, observed: Observed, stopping: Stopping) -> 
                 dice=SystemRandom(),
                 stopping=stopping.requested.is_set,
                 clock=time.monotonic,  # uvloop's stands still for a millisecond
+                join=settings.tracing.join if settings.tracing is not None else pass_on,
             )
         )
         yield Assembled(

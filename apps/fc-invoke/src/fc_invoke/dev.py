@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from substrate_seam.workload import Workload
 from substrate_service.address import Address, ListenFailed, TcpAddress, bound
 from substrate_service.daemon import Assembled, run_from_environment
 from substrate_service.exchange import App, Message, Scope
-from substrate_service.observing import Observed, observed, told_to
+from substrate_service.observing import Observed, Observing, observed, told_to
 from substrate_service.signals import Stopping
 
 HOST = "127.0.0.1"
@@ -62,7 +62,7 @@ def dev(work: Work, environment: Mapping[str, str]) -> int:
             print(f"fc-invoke dev: {line}", file=sys.stderr)
         return 2
     screen = Screen(work.target)
-    observing: Callable[[], AbstractContextManager[Observed]] = observed if work.as_json else partial(told_to, screen)
+    observing: Observing = observed if work.as_json else partial(told_to, screen)
     # Not the place of a daemon: one may run on this machine, and other developers' too.
     with tempfile.TemporaryDirectory(prefix="fc-invoke-dev-") as state:
         return run_from_environment(

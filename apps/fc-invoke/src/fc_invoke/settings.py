@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 
 from msgspec import Struct
 
 from substrate_service.settings import EnvironmentReader
 from substrate_service.shared_settings import FrontSettings, NodeSettings, read_front, read_node
+from substrate_service.tracing import TracingSettings, read_tracing
 
 PREFIX = "FC_INVOKE_"
 
@@ -24,6 +26,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     front: FrontSettings
     node: NodeSettings
+    tracing: TracingSettings | None
     warnings: tuple[str, ...]
 
 
@@ -32,6 +35,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     reader = EnvironmentReader(environment, prefix=PREFIX)
     front = read_front(reader, PREFIX)
     node = read_node(reader, PREFIX, environment)
+    tracing = read_tracing(reader, environment, service="fc-invoke", version=version("fc-invoke"))
     reader.finish(known=UNUSED)
     warnings = tuple(f"{name} is set and not used: {why}" for name, why in UNUSED.items() if environment.get(name))
-    return Settings(front=front, node=node, warnings=warnings)
+    return Settings(front=front, node=node, tracing=tracing, warnings=warnings)

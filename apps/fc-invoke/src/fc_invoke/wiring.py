@@ -20,6 +20,7 @@ from substrate_guest import isolation
 from substrate_node.host import HostedNode, hosted_node
 from substrate_seam.errors import GuestUnavailable
 from substrate_seam.events import Emit, WarningRaised
+from substrate_seam.tracing import pass_on
 from substrate_service.address import Address, UnixAddress
 from substrate_service.daemon import Assembled, Duties, two_listeners
 from substrate_service.exchange import App
@@ -95,6 +96,7 @@ async def both_planes(settings: Settings, observed: Observed, stopping: Stopping
             dice=SystemRandom(),
             stopping=stopping.requested.is_set,
             clock=time.monotonic,  # uvloop's stands still for a millisecond
+            join=settings.tracing.join if settings.tracing is not None else pass_on,
         ) as plane:
             await plane.registry.heard()
             yield BothPlanes(catalog=catalog, host=host, plane=plane)

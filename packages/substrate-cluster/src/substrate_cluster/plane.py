@@ -26,6 +26,7 @@ from substrate_seam.events import Emit, WarningRaised
 from substrate_seam.executor import Node
 from substrate_seam.report import NodeReport
 from substrate_seam.story import Story
+from substrate_seam.tracing import Join, pass_on
 
 _DRAIN_MARGIN_S: Final = 30.0
 
@@ -161,11 +162,13 @@ async def control_plane(
     dice: Random,
     stopping: Callable[[], bool],
     clock: Callable[[], float] | None = None,
+    join: Join = pass_on,
 ) -> AsyncIterator[ControlPlane]:
     """Follow the nodes and keep them taught for the length of the block.
 
     `prefix` names settings in errors; `stopping` turns true when the daemon was asked to stop: it is unready then.
-    `clock` gives seconds to measure by, finer than an event loop may tell them. Raises `TokensRefused`, `CannotServe`.
+    `clock` gives seconds to measure by, finer than an event loop may tell them. `join` says which trace
+    context a guest is given. Raises `TokensRefused`, `CannotServe`.
     """
     emit, index = observers.emit, NodeIndex()
     callers, operators = tokens_of(front, prefix, catalog)
@@ -186,6 +189,7 @@ async def control_plane(
         mint_id=mint_id,
         emit=emit,
         clock=clock,
+        join=join,
     )
     admin = admin_app(
         ready=ready,

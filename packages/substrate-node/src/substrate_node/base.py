@@ -212,6 +212,7 @@ class Bases:
                 guest = await shelf.vmm.boot(workload, guest_id, {}, to_capture=True)
                 contact = Contact(guest)
                 await contact.wait_primed(workload)
+                primed_s = loop.time()
                 base = await shelf.vmm.capture(workload, guest, half_made.base_id)
             if base.input_key != key:
                 half_made, base = base, None
@@ -227,7 +228,15 @@ class Bases:
         finally:
             undo = self._undo(shelf.vmm, guest_id, lease, half_made if base is None else None)
             self._reaper.spawn(undo, what=f"discard {guest_id}")
-        self._emit(BaseBuilt(workload=workload.name, base=base.base_id, build_ms=(loop.time() - began_s) * 1e3))
+        built_s = loop.time()
+        self._emit(
+            BaseBuilt(
+                workload=workload.name,
+                base=base.base_id,
+                build_ms=(built_s - began_s) * 1e3,
+                capture_ms=(built_s - primed_s) * 1e3,
+            )
+        )
         return base
 
     async def _lease(self, mib: int) -> Lease | None:

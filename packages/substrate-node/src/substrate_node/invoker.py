@@ -111,6 +111,7 @@ class Claim:
         self._given_up = False
         self._entered_s = 0.0
         self._queue_ms = 0.0
+        self._running_s = 0.0
         self._started: Started | None = None
 
     @property
@@ -226,6 +227,7 @@ class Claim:
                 waiting=waiting,
                 free_mib=self._shop.ledger.free_mib,
                 queue_ms=self._queue_ms,
+                trace=invocation.trace.parent if invocation.trace is not None else "",
             )
         )
 
@@ -251,12 +253,12 @@ class Claim:
         """Start a guest by the fastest way there is; one that fails falls through to the next."""
         while (start := self._next_way()) is not None:
             self._tried.add(start)
-            began_s = self._shop.clock()
+            began_s = self._running_s = self._shop.clock()
             try:
                 base = await self._start_by(start)
             except StartFailure as failed:
                 failure = failed
-                await self._start_failed(start, str(failed))
+                await self._start_failed(start, str(failed), took_ms=(self._shop.clock() - began_s) * 1e3)
                 continue
             self._claimed(start, base, ready_ms=(self._shop.clock() - began_s) * 1e3)
             return
@@ -287,10 +289,13 @@ class Claim:
         key = self._hosted.base_key
         base = self._shop.bases.current(key) if start is Start.WARM and key is not None else None
         self._guest_id = self._shop.mint.guest_id()  # known before it is made, so that it can always be undone
-        self._guest = await self._shop.starter.start(self._hosted, base, self._guest_id)
+        self._guest = await self._shop.starter.start(self._hosted, base, self._guest_id, running=self._runs)
         return base.base_id if base else None
 
-    async def _start_failed(self, start: Start, message: str) -> None:
+    def _runs(self) -> None:
+        self._running_s = self._shop.clock()
+
+    async def _start_failed(self, start: Start, message: str, *, took_ms: float = 0.0) -> None:
         """Leave nothing of a guest that did not start, so that its memory can serve the next one."""
         self._shop.emit(
             StartFailed(
@@ -299,6 +304,7 @@ class Claim:
                 start=start,
                 guest=self._guest_id,
                 message=message,
+                took_ms=round(took_ms, 3),
             )
         )
         self._serve(serving=False)
@@ -309,7 +315,8 @@ class Claim:
     def _claimed(self, start: Start, base: str | None, *, ready_ms: float) -> None:
         guest, invocation = self._guest, self._invocation
         assert guest is not None
-        claim_ms = (self._shop.clock() - self._arrived_s) * 1e3 - self._queue_ms
+        now_s = self._shop.clock()
+        claim_ms = (now_s - self._arrived_s) * 1e3 - self._queue_ms
         self._started = Started(
             queue_ms=self._queue_ms,
             claim_ms=round(claim_ms, 3),
@@ -333,6 +340,7 @@ class Claim:
                 queue_ms=self._started.queue_ms,
                 claim_ms=self._started.claim_ms,
                 ready_ms=self._started.ready_ms,
+                wait_ready_ms=0.0 if start is Start.POOL else round((now_s - self._running_s) * 1e3, 3),
                 base=base,
             )
         )
@@ -556,6 +564,8 @@ class Claim:
                     message=message,
                     cpu_ms=sample.cpu_ms,
                     peak_mib=sample.peak_mib,
+                    head_ms=None if exchange.head_s is None else round((exchange.head_s - exchange.started_s) * 1e3, 3),
+                    release_ms=0.0 if exchange.ended_s is None else round((now_s - exchange.ended_s) * 1e3, 3),
                 )
             )
         if self._guest_id:

@@ -48,16 +48,18 @@ class Starter:
         self._boot_within_s = boot_within_s
         self._restore_within_s = restore_within_s
 
-    async def start(self, hosted: Hosted, base: Base | None, guest_id: str) -> Guest:
+    async def start(
+        self, hosted: Hosted, base: Base | None, guest_id: str, *, running: Callable[[], None] = lambda: None
+    ) -> Guest:
         """Start a guest from `base`, or cold without one, and make it ready. Raises `StartFailure`.
 
-        The caller discards `guest_id` whatever comes of it.
+        `running` is called in between. The caller discards `guest_id` whatever comes of it.
         """
         if base is None:
-            return await self._start(hosted, None, guest_id, self._boot_within_s)
+            return await self._start(hosted, None, guest_id, self._boot_within_s, running)
         self._bases.hold(base)
         try:
-            guest = await self._start(hosted, base, guest_id, self._restore_within_s)
+            guest = await self._start(hosted, base, guest_id, self._restore_within_s, running)
         except StartFailure as failure:
             self._bases.failed(base, str(failure), for_good=isinstance(failure.__cause__, BaseGone))
             raise
@@ -66,7 +68,9 @@ class Starter:
         self._bases.succeeded(base)
         return guest
 
-    async def _start(self, hosted: Hosted, base: Base | None, guest_id: str, within_s: float) -> Guest:
+    async def _start(
+        self, hosted: Hosted, base: Base | None, guest_id: str, within_s: float, running: Callable[[], None]
+    ) -> Guest:
         vmm, workload = hosted.vmm, hosted.workload
         inbound = self._inbound(workload, guest_id)
         contact: Contact | None = None
@@ -76,6 +80,7 @@ class Starter:
                     guest = await vmm.boot(workload, guest_id, inbound)
                 else:
                     guest = await vmm.restore(workload, base, guest_id, inbound)
+                running()
                 contact = Contact(guest)
                 await contact.make_ready(
                     workload, self._mint, contact_cap_s=vmm.contact_cap_s, restored=base is not None

@@ -69,6 +69,7 @@ class Exchange(asyncio.Protocol):
         self.error: SubstrateError | None = None
         self.written = False
         self.started_s = 0.0
+        self.head_s: float | None = None
         self.ended_s: float | None = None
         self.body_bytes = 0
 
@@ -167,6 +168,8 @@ class Exchange(asyncio.Protocol):
         except BadReply as wrong:
             self.fail(GuestFailed(f"the guest's reply is not HTTP as accepted here: {wrong}"))
             return
+        if self.head_s is None and self._reader.status:
+            self.head_s = self._clock()
         if piece:
             self._pieces.append(piece)
             self._buffered += len(piece) + _PIECE_BYTES

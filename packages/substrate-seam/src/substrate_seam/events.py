@@ -26,13 +26,18 @@ Emit = Callable[[Event], None]
 
 
 class InvocationAccepted(Event, frozen=True, kw_only=True, tag="invocation.accepted"):
-    """The request is whole and may be placed."""
+    """The request is whole and may be placed.
+
+    `trace` is the `traceparent` that its guest is given, `parent` the one that its caller gave.
+    """
 
     invocation_id: str
     workload: str
     caller: str
     body_bytes: int
     session: str | None = None
+    trace: str = ""
+    parent: str = ""
 
 
 class InvocationPlaced(Event, frozen=True, kw_only=True, tag="invocation.placed"):
@@ -93,7 +98,7 @@ class CallQueued(Event, frozen=True, kw_only=True, tag="call.queued"):
 
 
 class SlotTaken(Event, frozen=True, kw_only=True, tag="slot.taken"):
-    """A call has a slot and its memory."""
+    """A call has a slot and its memory; `trace` is the `traceparent` that its guest is given."""
 
     workload: str
     busy: int
@@ -101,6 +106,7 @@ class SlotTaken(Event, frozen=True, kw_only=True, tag="slot.taken"):
     free_mib: int
     invocation_id: str | None = None
     queue_ms: float = 0.0
+    trace: str = ""
 
 
 class SlotFreed(Event, frozen=True, kw_only=True, tag="slot.freed"):
@@ -122,10 +128,14 @@ class StartFailed(Event, frozen=True, kw_only=True, tag="start.failed"):
     start: Start
     guest: str
     message: str
+    took_ms: float = 0.0
 
 
 class GuestClaimed(Event, frozen=True, kw_only=True, tag="guest.claimed"):
-    """A ready guest stands for the invocation; the request is about to be written."""
+    """A ready guest stands for the invocation; the request is about to be written.
+
+    Of `ready_ms`, a guest that was already running took `wait_ready_ms` to be ready.
+    """
 
     invocation_id: str
     attempt: int
@@ -136,11 +146,15 @@ class GuestClaimed(Event, frozen=True, kw_only=True, tag="guest.claimed"):
     queue_ms: float
     claim_ms: float
     ready_ms: float
+    wait_ready_ms: float = 0.0
     base: str | None = None
 
 
 class ExchangeEnded(Event, frozen=True, kw_only=True, tag="exchange.ended"):
-    """The exchange with the guest is over; `reason` is None when its reply was whole."""
+    """The exchange with the guest is over, and the guest gone; `reason` is None when its reply was whole.
+
+    Of `guest_ms`, the head of the reply took `head_ms`; then ending the guest took `release_ms`.
+    """
 
     invocation_id: str
     attempt: int
@@ -153,6 +167,8 @@ class ExchangeEnded(Event, frozen=True, kw_only=True, tag="exchange.ended"):
     message: str = ""
     cpu_ms: float | None = None
     peak_mib: float | None = None
+    head_ms: float | None = None
+    release_ms: float = 0.0
 
 
 class InvocationFenced(Event, frozen=True, kw_only=True, tag="invocation.fenced"):
@@ -184,11 +200,12 @@ class GuestParked(Event, frozen=True, kw_only=True, tag="guest.parked"):
 
 
 class BaseBuilt(Event, frozen=True, kw_only=True, tag="base.built"):
-    """A warm base is published: restores use it from now on."""
+    """A warm base is published: restores use it from now on. Of `build_ms`, the capture took `capture_ms`."""
 
     workload: str
     base: str
     build_ms: float
+    capture_ms: float = 0.0
 
 
 class BaseAdopted(Event, frozen=True, kw_only=True, tag="base.adopted"):

@@ -7,8 +7,8 @@ import signal
 import ssl
 import sys
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
-from typing import TypeVar
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
@@ -16,10 +16,11 @@ from substrate_seam.events import DaemonStarted, DaemonStopped, DaemonStopping, 
 from substrate_service.address import Address, ListenFailed
 from substrate_service.exchange import App
 from substrate_service.listener import Refusal, strict_config
-from substrate_service.observing import Observed, observed
+from substrate_service.observing import Observed, Observing, observed
 from substrate_service.serving import Listener, run, serve
 from substrate_service.settings import SettingsInvalid
 from substrate_service.signals import Stopping, stop_on_signals
+from substrate_service.tracing import TracingSettings
 
 _ENDING_S = 2.0
 """After its calls were ended by the drain deadline, so long the daemon lets the last answers out."""
@@ -90,7 +91,16 @@ def two_listeners(
     ]
 
 
-Settings = TypeVar("Settings")
+class DaemonSettings(Protocol):
+    """What every daemon is told."""
+
+    @property
+    def tracing(self) -> TracingSettings | None:
+        """Where its traces go, if anywhere."""
+        ...
+
+
+Settings = TypeVar("Settings", bound=DaemonSettings)
 
 
 def run_from_environment(
@@ -101,7 +111,7 @@ def run_from_environment(
     read: Callable[[Mapping[str, str]], Settings],
     assemble: Callable[[Settings, Observed, Stopping], AbstractAsyncContextManager[Assembled]],
     mistakes: tuple[type[Exception], ...],
-    observing: Callable[[], AbstractContextManager[Observed]] = observed,
+    observing: Observing = observed,
 ) -> int:
     """Be a daemon, from its environment to its exit status.
 
@@ -116,7 +126,7 @@ def run_from_environment(
 
     def to_the_end() -> int:
         settings = read(environment)
-        with observing() as observations:
+        with observing(settings.tracing) as observations:
             return run(live(settings, observations))
 
     return exit_status(name, to_the_end, mistakes=(SettingsInvalid, ListenFailed, *mistakes))

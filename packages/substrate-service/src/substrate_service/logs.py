@@ -159,10 +159,11 @@ class EventLog:
         values = {name: value for name in names if (value := getattr(event, name)) is not None}
         if not values:
             return event
-        hashed = {name: self._hash(str(value)) for name, value in values.items()}
+        hashed = {name: self.hashed(str(value)) for name, value in values.items()}
         return msgspec.structs.replace(event, **hashed)
 
-    def _hash(self, text: str) -> str:
+    def hashed(self, text: str) -> str:
+        """What the log shows in place of a session's id or a URL."""
         return "#" + hashlib.blake2b(text.encode("utf-8", "surrogateescape"), key=self._key, digest_size=6).hexdigest()
 
 

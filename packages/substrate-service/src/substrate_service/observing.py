@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from msgspec import Struct
 
@@ -14,6 +14,7 @@ from substrate_service.logs import event_log, library_logs_to
 from substrate_service.metrics import Metrics
 from substrate_service.sinks import fan_out
 from substrate_service.stories import Stories
+from substrate_service.tracing import TracingSettings, traced
 
 STDERR = 2
 
@@ -27,18 +28,31 @@ class Observed(Struct, frozen=True, kw_only=True):
     live: Live
 
 
+Observing = Callable[[TracingSettings | None], AbstractContextManager[Observed]]
+"""What observes a daemon for the length of a block."""
+
+
 @contextmanager
-def observed() -> Generator[Observed]:
-    """Log to standard error, count and remember, for the length of the block."""
-    with event_log(STDERR) as log, told_to(log) as observations:
+def observed(tracing: TracingSettings | None = None) -> Generator[Observed]:
+    """Log to standard error, count, remember and perhaps trace, for the length of the block."""
+    with event_log(STDERR) as log, told_to(log, tracing, hide=log.hashed) as observations:
         yield observations
 
 
 @contextmanager
-def told_to(log: Emit) -> Generator[Observed]:
-    """Count and remember for the length of the block, and tell every event to `log`."""
+def told_to(
+    log: Emit, tracing: TracingSettings | None = None, *, hide: Callable[[str], str] = lambda _: "#"
+) -> Generator[Observed]:
+    """Count, remember and perhaps trace for the length of the block, and tell every event to `log`.
+
+    `hide` makes of a session's id what a trace may show of it.
+    """
     metrics, stories = Metrics(), Stories(clock=time.time_ns)
     live = Live(clock=time.monotonic, wall_ms=lambda: time.time_ns() // 1_000_000)
-    emit = fan_out(log, metrics, stories.emit, live)
-    with library_logs_to(emit):
+    emits: list[Emit] = [log, metrics, stories.emit, live]
+    with ExitStack() as held:
+        if tracing is not None:
+            emits.append(held.enter_context(traced(tracing, emit=fan_out(*emits), hide=hide)))
+        emit = fan_out(*emits)
+        held.enter_context(library_logs_to(emit))
         yield Observed(emit=emit, metrics=metrics, stories=stories, live=live)

@@ -103,6 +103,26 @@ class EnvironmentReader:
 
         return self._read(variable, default_bytes, parse, "a size such as 8 MiB, 64KiB or a plain number of bytes")
 
+    def fraction(self, variable: str, default: Default) -> float | Default:
+        """A number from 0 to 1."""
+
+        def parse(text: str) -> float:
+            if not 0.0 <= (number := float(text)) <= 1.0:
+                raise ValueError
+            return number
+
+        return self._read(variable, default, parse, "a number from 0 to 1")
+
+    def matching(self, variable: str, pattern: re.Pattern[str], accepted: str) -> str | None:
+        """The first group of a pattern that the whole value fits; None without a value, or with one that does not."""
+
+        def parse(text: str) -> str:
+            if (match := pattern.fullmatch(text)) is None:
+                raise ValueError
+            return match[1]
+
+        return self._read(variable, None, parse, accepted)
+
     def address(self, variable: str, default: Default) -> Address | Default:
         """Where to listen."""
         return self._read(variable, default, parse_address, address.ACCEPTED)

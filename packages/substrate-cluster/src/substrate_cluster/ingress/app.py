@@ -17,6 +17,7 @@ from substrate_cluster.ingress.invocations import Catalog, Front, Limits
 from substrate_seam.errors import Reason
 from substrate_seam.events import Emit
 from substrate_seam.executor import NodeExecutor
+from substrate_seam.tracing import Join, pass_on
 
 TEXT: Final = ((b"content-type", b"text/plain; charset=utf-8"),)
 
@@ -36,11 +37,13 @@ def public_app(
     mint_id: Callable[[], str],
     emit: Emit,
     clock: Callable[[], float] | None = None,
+    join: Join = pass_on,
 ) -> ASGIApp:
     """Invocations, `/healthz` and a `/readyz` that says no more than yes or no.
 
     `mint_id` gives 32 hex digits, new each time; `allowed_hosts` are names and addresses without port
     (`default_hosts` has those of an address). `clock` gives seconds to measure by; without it the event loop's own do.
+    `join` says which trace context a guest is given.
     """
     front = Front(
         catalog=catalog,
@@ -50,6 +53,7 @@ def public_app(
         hosts=HostRule(allowed_hosts),
         limits=limits,
         emit=emit,
+        join=join,
     )
 
     async def readyz(exchange: Exchange) -> None:

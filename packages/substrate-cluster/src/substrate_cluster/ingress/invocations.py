@@ -25,7 +25,8 @@ from substrate_cluster.ingress.sessions import cut_workload, guest_target, parse
 from substrate_seam.errors import Ran, Reason, SubstrateError
 from substrate_seam.events import Emit, InvocationAccepted, InvocationEnded
 from substrate_seam.executor import NodeExecutor
-from substrate_seam.invocation import GuestRequest, Invocation, Started
+from substrate_seam.invocation import GuestRequest, Invocation, Started, Trace
+from substrate_seam.tracing import Join, pass_on
 from substrate_seam.workload import Workload
 
 INVOKE: Final = b"/invoke/"
@@ -88,7 +89,9 @@ class Front:
         hosts: HostRule,
         limits: Limits,
         emit: Emit,
+        join: Join = pass_on,
     ) -> None:
+        self._join = join
         self._catalog = catalog
         self._executor = executor
         self._authenticator = authenticator
@@ -173,6 +176,7 @@ class Front:
             hold.cover(announced_bytes)
             body = await self._body(exchange, hold)
             guest_fields = to_guest(fields, host=host, authorization_used=self._authenticator.uses_authorization)
+            caller_trace = trace_of(fields.ours)
             invocation = Invocation(
                 id=exchange.id,
                 attempt=1,
@@ -183,15 +187,15 @@ class Front:
                 request=GuestRequest(exchange.scope["method"], target, guest_fields, body),
                 start_within_s=entry.start_timeout_s,
                 run_within_s=entry.request_timeout_s,
-                trace=trace_of(fields.ours),
+                trace=self._join(exchange.id, caller_trace),
             )
-            await self._answer(exchange, invocation)
+            await self._answer(exchange, invocation, caller_trace)
 
     async def _body(self, exchange: Exchange, hold: Hold) -> bytes:
         limits = self._limits
         return await whole_body(exchange.receive, hold, bytes_max=limits.body_bytes_max, within_s=limits.body_within_s)
 
-    async def _answer(self, exchange: Exchange, invocation: Invocation) -> None:
+    async def _answer(self, exchange: Exchange, invocation: Invocation, caller_trace: Trace | None) -> None:
         """Run an accepted invocation to whatever end it takes, and tell of that end exactly once."""
         self._emit(
             InvocationAccepted(
@@ -200,6 +204,8 @@ class Front:
                 caller=invocation.caller,
                 body_bytes=len(invocation.request.body),
                 session=invocation.session,
+                trace=invocation.trace.parent if invocation.trace is not None else "",
+                parent=caller_trace.parent if caller_trace is not None else "",
             )
         )
         ending = _Ending()
