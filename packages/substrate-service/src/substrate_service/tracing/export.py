@@ -89,9 +89,11 @@ class Exporter:
         while not (self._closing.is_set() and not self._waiting) and time.monotonic() < self._close_by_s:
             self._wake.wait(0.0 if self._closing.is_set() else pause_s)
             self._wake.clear()
-            pause_s = _DELAY_S if self._send_all(line) else min(max(2 * pause_s, _PAUSE_S_MIN), _PAUSE_S_MAX)
-            if self._failing and self._closing.is_set():
+            last = self._closing.is_set()
+            sent = self._send_all(line)
+            if last and not sent:
                 return
+            pause_s = _DELAY_S if sent else min(max(2 * pause_s, _PAUSE_S_MIN), _PAUSE_S_MAX)
 
     def _send_all(self, line: Line) -> bool:
         """Send what waits; false if it could not be."""
