@@ -63,6 +63,10 @@ class Wheel:
         self.requires = {needed.name.lower() for needed in declared if "extra" not in str(needed.marker)}
 
 
+ONLY_WITH_EXTRA = {"substrate-service": {"substrate_service.tracing.otlp": {"grpc", "opentelemetry"}}}
+"""By wheel: the modules that only one of its extras makes usable, and what they borrow. The rooms have no extras."""
+
+
 class Room(NamedTuple):
     """An environment with one wheel and what it declares, and what can be seen in there."""
 
@@ -127,7 +131,7 @@ def test_a_wheel_alone_is_complete_and_reaches_no_other_plane(name, rooms):
     """Every module of it has been imported in its room, and of ours nothing else can be."""
     seen = rooms[name].seen
     assert seen["modules"]
-    assert seen["failures"] == {}
+    assert set(seen["failures"]) == ONLY_WITH_EXTRA.get(name, {}).keys()
     assert set(seen["importable"]) == {module_of(other) for other in {name} | MAY_USE[name]}
 
 
@@ -138,7 +142,8 @@ def test_a_wheel_declares_itself_whatever_it_imports_even_late(name, rooms):
     undeclared = {
         module: lenders for module, lenders in rooms[name].seen["lenders"].items() if not declared & {*lenders}
     }
-    assert undeclared == {}
+    of_extras = {borrowed for each in ONLY_WITH_EXTRA.get(name, {}).values() for borrowed in each}
+    assert set(undeclared) == of_extras, "an extra that is not installed lends nothing, and nothing else is missing"
 
 
 @pytest.mark.parametrize("name", MAY_USE)
