@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 
 from bench.results import Figure, Outcome, bound, brief
 
-_WIDTH, _LABELS, _BAR, _GAP, _EDGE, _VALUES = 900, 400, 16, 10, 12, 110
+_WIDTH, _LABELS, _BAR, _GAP, _EDGE, _VALUES = 920, 380, 16, 10, 12, 150
 _COLOURS = {"reached": "#2f7d4f", "missed": "#b5482a", "": "#4a6fa5"}
 _SCALE = _WIDTH - _LABELS - _VALUES - 2 * _EDGE
 _STYLE = (
@@ -17,7 +17,7 @@ _STYLE = (
 
 
 def drawn(outcomes: Sequence[Outcome]) -> str:
-    """All figures of all scenarios, each bar on the scale of its own figure: 1 is its target, where it has one."""
+    """All figures of all scenarios, each bar on the scale of its own figure."""
     parts: list[str] = []
     y = _EDGE
     for outcome in outcomes:
