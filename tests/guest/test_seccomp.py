@@ -62,8 +62,11 @@ def test_a_guest_is_refused_what_no_workload_needs(machine: str, name: str):
 
 
 def test_what_nobody_has_looked_at_does_not_exist(machine: str):
-    """Newer calls than the list, the other set of x86-64, other machines, and the call whose arguments are hidden."""
+    """Newer calls than the list, the other set of x86-64, other machines, and what programs do without."""
     program = seccomp.guests_filter()
+    for name in seccomp.ABSENT:
+        if (asked := number(machine, name)) is not None:
+            assert verdict(program, machine, asked) == UNKNOWN
     for asked in (CEILING, CEILING + 1, 0x7FFF_FFFF, X32, X32 + 1, 0xFFFF_FFFF, 435):
         assert verdict(program, machine, asked) == UNKNOWN
     assert verdict(program, machine, 1, architecture=0x4000_0003) == UNKNOWN
@@ -94,6 +97,13 @@ def test_the_hosts_network_devices_are_not_asked_for(machine: str, request_: int
         assert verdict(seccomp.guests_filter(), machine, number(machine, "ioctl"), 3, upper | request_) == expected
 
 
+@pytest.mark.parametrize(("command", "expected"), [(1024, DENY), (1026, DENY), (1025, ALLOW), (3, ALLOW), (6, ALLOW)])
+def test_nobody_who_opens_a_file_is_held_up_or_watched(machine: str, command: int, expected: int):
+    """Locks are for everybody who may read a file: what a program has in its own files it may lock."""
+    for upper in (0, 1 << 32):
+        assert verdict(seccomp.guests_filter(), machine, number(machine, "fcntl"), 3, upper | command) == expected
+
+
 @pytest.mark.parametrize("name", ["socket", "socketpair"])
 @pytest.mark.parametrize(
     ("family", "protocol", "expected"),
@@ -109,7 +119,7 @@ def test_sockets_are_of_few_families(machine: str, name: str, family: int, proto
 @given(
     asked=st.integers(0, CEILING + 5) | st.integers(0, 2**32 - 1),
     first=st.integers(0, 2**64 - 1) | st.sampled_from([1, 2, 16, NEWUSER, SIGCHLD]),
-    second=st.integers(0, 2**64 - 1) | st.integers(0x8800, 0x8AFF),
+    second=st.integers(0, 2**64 - 1) | st.integers(0x8800, 0x8AFF) | st.integers(1020, 1030),
     third=st.integers(0, 30),
 )
 @example(asked=56, first=NEWUSER, second=0, third=0)

@@ -438,6 +438,24 @@ async def memory_is_bounded_or_said_not_to_be(stage: Stage) -> None:
         assert MEMORY_BOUND in {measure.name for measure in report.missing if measure.why_not}
 
 
+async def nobody_outside_is_watched_or_held_up(stage: Stage) -> None:
+    """Not through a file that host and guest both read."""
+    outcomes = await told(
+        await stage.guest(),
+        """
+        import ctypes, fcntl, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        def watch():
+            if libc.inotify_init1(0) < 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        shared = os.open('/usr/bin/env', os.O_RDONLY)
+        told = [attempt(watch), attempt(lambda: fcntl.fcntl(shared, fcntl.F_SETLEASE, fcntl.F_RDLCK)),
+                attempt(lambda: fcntl.fcntl(os.open('/usr', os.O_RDONLY), fcntl.F_NOTIFY, 1))]
+        """,
+    )
+    assert outcomes == ["Function not implemented", "PermissionError", "PermissionError"]
+
+
 Attack = Callable[[Stage], Awaitable[None]]
 
 ATTACKS: tuple[Attack, ...] = (
@@ -456,6 +474,7 @@ ATTACKS: tuple[Attack, ...] = (
     what_it_shows_to_all_can_be_changed_by_none,
     what_it_leaves_running_ends_with_it,
     memory_is_bounded_or_said_not_to_be,
+    nobody_outside_is_watched_or_held_up,
 )
 
 

@@ -46,9 +46,13 @@ NUMBERS = {  # x86-64, AArch64 (None: there is no such call)
     "create_module": (174, None),
     "delete_module": (176, 106),
     "fanotify_init": (300, 262),
+    "fcntl": (72, 25),
     "finit_module": (313, 273),
     "get_kernel_syms": (177, None),
     "init_module": (175, 105),
+    "inotify_add_watch": (254, 27),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     "ioctl": (16, 29),
     "ioperm": (173, None),
     "iopl": (172, None),
@@ -108,16 +112,19 @@ NAMESPACING = {
     "pivot_root", "setdomainname", "sethostname", "setns", "umount2", "unshare",
 }  # fmt: skip
 """What making a namespace and furnishing it takes."""
-LOOKED_INTO = {"clone", "ioctl", "socket", "socketpair"}
+LOOKED_INTO = {"clone", "fcntl", "ioctl", "socket", "socketpair"}
 """Calls whose arguments decide."""
-HIDDEN = {"clone3"}
-"""Its arguments are out of a filter's sight. Without it, C libraries fall back to `clone`."""
-CORNERS = NUMBERS.keys() - NAMESPACING - LOOKED_INTO - HIDDEN - {"seccomp"}
+ABSENT = {"clone3", "inotify_add_watch", "inotify_init", "inotify_init1"}
+"""As on a kernel without them, so that programs do without: `clone3`, whose arguments are out of a filter's sight (C
+libraries then use `clone`), and watching files, which would tell a guest who on the host uses what it may read."""
+CORNERS = NUMBERS.keys() - NAMESPACING - LOOKED_INTO - ABSENT - {"seccomp"}
 """Corners of the kernel that no workload needs: other processes' memory, keys, modules, clocks, io_uring, BPF, ..."""
 
 ANY_NAMESPACE = 0x7E02_0000
 """Flags of `clone`: cgroup, UTS, IPC, user, PID, network, mount."""
 NETDEVICES, MASK = 0x8900, 0xFFFF_FF00
+SET_LEASE, NOTIFY = 1024, 1026
+"""Of `fcntl`: to hold up whoever opens a file, and to hear of it."""
 FAMILIES = (1, 2, 10)
 """Unix, IPv4 and IPv6. Others have a history of holes, and VSOCK knows no namespaces: it leads to other machines."""
 NETLINK, ROUTE = 16, 0
@@ -157,7 +164,8 @@ class Filter:
 def _corners() -> dict[str, Verdict]:
     return {
         **dict.fromkeys(CORNERS, DENY),
-        "clone3": UNKNOWN,
+        **dict.fromkeys(ABSENT, UNKNOWN),
+        "fcntl": "fcntl",
         "ioctl": "ioctl",
         "socket": "socket",
         "socketpair": "socket",
@@ -225,6 +233,8 @@ def _leaf(verdict: Verdict) -> list[Instruction]:
     allow, deny, no_family = [(RETURN, 0, 0, ALLOW)], [(RETURN, 0, 0, DENY)], [(RETURN, 0, 0, NO_FAMILY)]
     if verdict == "clone":
         return [(LOAD, 0, 0, ARGUMENTS), (AND, 0, 0, ANY_NAMESPACE), (EQUAL, 0, 1, 0), *allow, *deny]
+    if verdict == "fcntl":
+        return [(LOAD, 0, 0, ARGUMENTS + 8), (EQUAL, 2, 0, SET_LEASE), (EQUAL, 1, 0, NOTIFY), *allow, *deny]
     if verdict == "ioctl":  # a socket that was made by the host still answers these for the host
         return [(LOAD, 0, 0, ARGUMENTS + 8), (AND, 0, 0, MASK), (EQUAL, 0, 1, NETDEVICES), *deny, *allow]
     if verdict == "socket":
