@@ -1,7 +1,6 @@
 """The promises of a node once more, on real monitors: those that need neither planned accidents nor hours."""
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -73,7 +72,7 @@ async def on_microvms(
 ) -> AsyncIterator[tuple[Vmm, Callable[..., Workload]]]:
     """MicroVMs over the double of Firecracker."""
     double = Double(root / "bin")
-    rootfs = double.rootfs("told.ext4", argv=[sys.executable, *SERVE], cwd=str(GUESTS), env=AUDITED)
+    rootfs = double.told()
     async with microvm_rig(root, jail=jail, double=double) as rig:
 
         def workload(name: str = "echo", **fields: object) -> Workload:

@@ -123,12 +123,13 @@ def processes_marked(mark: str) -> list[int]:
 
 
 @asynccontextmanager
-async def process(name: str, *arguments: str, env: dict[str, str], cwd: Path) -> AsyncIterator[Process]:
-    """Run a daemon for the length of the block; at the end it is killed if it still runs."""
+async def process(
+    name: str, *arguments: str, env: dict[str, str], cwd: Path, script: Path | None = None
+) -> AsyncIterator[Process]:
+    """Run a daemon for the length of the block, by a script of its own or by its name; at the end it is killed."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
-        "-m",
-        name.replace("-", "_"),
+        *((str(script),) if script is not None else ("-m", name.replace("-", "_"))),
         *arguments,
         env={"PATH": os.environ["PATH"], "HOME": str(cwd), **env},
         stdin=asyncio.subprocess.DEVNULL,
@@ -161,10 +162,15 @@ async def started(*running: Process) -> None:
 
 
 @asynccontextmanager
-async def system(kind: str, directory: Path, table: Table, **settings: str) -> AsyncIterator[System]:
-    """Start a system of `kind` on free ports with a table; `settings` are variables without their prefix."""
+async def system(
+    kind: str, directory: Path, table: Table, *, daemon: Path | None = None, **settings: str
+) -> AsyncIterator[System]:
+    """Start a system of `kind` on free ports with a table; `settings` are variables without their prefix.
+
+    `daemon` is a script that is run in place of `fc-invoke`.
+    """
     mark = uuid4().hex
-    for entry in table.values():
+    for entry in (entry for entry in table.values() if "command" in entry):
         entry["env"] = {**dict(entry.get("env", {})), "MARK": mark}  # type: ignore[call-overload]
     journal_path, state_root = directory / "journal", directory / "state"
     (directory / "table.json").write_text(json.dumps(table))
@@ -174,7 +180,7 @@ async def system(kind: str, directory: Path, table: Table, **settings: str) -> A
     async with AsyncExitStack() as stack:
         if kind == "single":
             env = _prefixed("FC_INVOKE_", {**listening, **front_env, **node_env, **settings})
-            front = node = await stack.enter_async_context(process("fc-invoke", env=env, cwd=directory))
+            front = node = await stack.enter_async_context(process("fc-invoke", env=env, cwd=directory, script=daemon))
             await started(front)
         else:
             front, node = await _split(stack, directory, listening, front_env, node_env, settings)

@@ -17,6 +17,7 @@ from substrate_seam.invocation import Isolation
 from substrate_seam.workload import Workload, WorkloadSpec
 
 MEMORY_MIB = 16
+TOLD = Path(__file__).parents[2] / "conformance" / "guests"
 
 
 class Double:
@@ -56,6 +57,11 @@ class Double:
         path = self.root / name
         program = {"argv": [sys.executable, "obedient.py"], "cwd": str(GUESTS), "env": {}} | program
         return _written(path, json.dumps(program))
+
+    def told(self, name: str = "told.ext4") -> Path:
+        """A root file system whose guest does what its requests say, and notes in the journal that it acts."""
+        argv = [sys.executable, "-m", "substrate_guest", "serve", "told:app"]
+        return self.rootfs(name, argv=argv, cwd=str(TOLD), env={"SUBSTRATE_AUDIT": "1"})
 
     def rules(self, *, jail: Literal["on", "off"] = "off", **members: Any) -> MicroVmRules:
         """How microVMs are made of the doubles."""
