@@ -476,7 +476,7 @@ async def a_guest_that_dies_is_told_with_its_last_words(bench: Bench) -> None:
     """How it ended, and what its console said."""
     error = await bench.refusal(await known(bench), "/?die=exit+status+3")
     assert isinstance(error, GuestFailed)
-    assert "exit status 3" in error.message
+    assert bench.end_of_exit_3 in error.message
     assert "last words" in error.message
 
 

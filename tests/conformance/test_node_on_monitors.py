@@ -1,4 +1,16 @@
-"""The promises of a node once more, on real monitors: those that need neither planned accidents nor hours."""
+"""The promises of a node once more, on real monitors: those that hold whatever the clock of a real machine does.
+
+The others stay with the monitor in memory, whose time is virtual, and that for four reasons:
+
+- They measure: that a piece comes within a tenth of a second, that a call is refused, cut, cancelled, drained or given
+  back within a moment, that a base is there after five seconds. In virtual time that is exact; here it would be chance.
+- They wait for minutes, as for what is forgotten or remembered.
+- They plan an accident at a stage of an exchange where no guest of ours can be stopped: between CONNECT and its answer,
+  within a head, with bytes that it would never say. Accidents of the real monitors themselves, of Firecracker's calls,
+  of its vsock, of a guest that dies, are planned in `node/fcvm/test_node.py`, `node/fcvm/test_microvm.py` and
+  `e2e/test_killed_microvms.py`.
+- They speak of reports, limits and sessions, which the node decides alone.
+"""
 
 import asyncio
 import time
@@ -7,14 +19,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from os import urandom
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from conformance import node_contract
 from conformance.node_contract import PROMISES, Promise
 from conformance.worlds import MEMORY_MIB, NODE_ID, Bench
-from fakes.vmm import Faults
+from fakes.vmm import At, Faults
 from node.fcvm.rig import Double, microvm_rig
 from real_parts import needs
 from substrate_guest import isolation
@@ -23,6 +35,7 @@ from substrate_node.procvm import ProcessVmm
 from substrate_node.ready import IdentityMint
 from substrate_node.vmm import Vmm
 from substrate_seam.events import Event
+from substrate_seam.invocation import Isolation
 from substrate_seam.workload import Workload, WorkloadSpec
 
 GUESTS = Path(__file__).parent / "guests"
@@ -39,6 +52,13 @@ STORIES = (
     node_contract.a_cancelled_id_never_starts,
     node_contract.cancelling_what_has_ended_says_whether_it_may_have_run,
     node_contract.ensuring_twice_is_ensuring_once,
+    node_contract.a_guest_larger_than_the_node_is_refused,
+    node_contract.a_call_waits_for_memory_and_is_told_when_there_was_none_in_time,
+    node_contract.a_full_queue_refuses_at_once,
+    node_contract.a_second_delivery_is_told_apart_and_does_not_run,
+    node_contract.a_call_that_is_cancelled_while_it_waits_never_starts,
+    node_contract.a_guest_that_dies_is_told_with_its_last_words,
+    node_contract.no_readers_pace_owns_a_guest,
 )
 CASES = {
     "a_status_of_the_guest_is_an_answer[418]",
@@ -94,6 +114,12 @@ async def test_a_node_keeps_its_promises_on_every_monitor(promise: Promise, moni
     """With guests that are processes, and journal before they act."""
     events: list[Event] = []
     journal: list[tuple[str, int]] = []
+    stages = Faults()  # nothing is planned, but they are told what was reached
+
+    def record(*entry: Any) -> None:
+        journal.append(entry)
+        stages.draw(At.REQUEST, "")
+
     async with AsyncExitStack() as held, asyncio.timeout(WITHIN_S):
         vmm, workload = await held.enter_async_context(monitor(tmp_path))
         node = await held.enter_async_context(
@@ -104,7 +130,7 @@ async def test_a_node_keeps_its_promises_on_every_monitor(promise: Promise, moni
                 mint=IdentityMint(wall_ns=time.time_ns, entropy=urandom),
                 emit=events.append,
                 times=NodeTimes(boot_within_s=WITHIN_S),
-                record=lambda *entry: journal.append(entry),
+                record=record,
             )
         )
         background = await held.enter_async_context(asyncio.TaskGroup())
@@ -112,7 +138,9 @@ async def test_a_node_keeps_its_promises_on_every_monitor(promise: Promise, moni
         def left() -> list[str]:
             return [path.name for path in (tmp_path / "run").iterdir()]
 
-        bench = Bench(node, Faults(), journal, left, background.create_task, workload=workload, isolation=vmm.isolation)
+        bench = Bench(node, stages, journal, left, background.create_task, workload=workload, isolation=vmm.isolation)
+        if vmm.isolation is not Isolation.PROCESS:
+            bench.end_of_exit_3 = "the guest rebooted or shut down"
         await promise(bench)
         while left():  # noqa: ASYNC110  # what is given back goes behind the caller's back, and tells nobody
             await asyncio.sleep(0.01)

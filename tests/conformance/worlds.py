@@ -104,6 +104,8 @@ class Bench:
     workload: Callable[..., Workload] = workload
     """Makes a workload of a name whose guests do as they are asked."""
     isolation: Isolation = Isolation.MICROVM
+    end_of_exit_3: str = "exit status 3"
+    """How the end of a guest is told whose first process exits with 3."""
     outcomes: list[Outcome] = field(default_factory=list)
     _minted: int = 0
 
