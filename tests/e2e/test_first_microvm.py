@@ -40,6 +40,7 @@ from functools import partial; import substrate_node.host as host
 host.NodeTimes = partial(host.NodeTimes, restore_within_s=120.0)
 """
 """An emulated machine restores a guest in ten seconds and more; so may any that is busy with other tests."""
+VERIFY = "fc-invoke verify-clones hello --clones 3 --clock-ms 50"
 ELF = b"\x7fELF" + bytes(14) + b"\x3e\x00" + bytes(44)
 
 pytestmark = needs("curl", "x86-64-glibc", "pidfd")
@@ -56,13 +57,13 @@ def hello(path: Path, program: bytes, *arguments: str) -> None:
     write_saved(path, FakeImage(layers, process={"Entrypoint": ["/bin/hello", *arguments]}), "hello:latest")
 
 
-def follow(where: Path, prelude: str, *, within_s: float, **settings: str) -> str:
-    """Do as the guide says in a directory with the files that it asks for; what was printed."""
+def follow(where: Path, prelude: str, *, within_s: float, then: str = "", **settings: str) -> str:
+    """Do as the guide says in a directory with the files that it asks for, `then` something else; what was printed."""
     (where / "bin").mkdir()
     command = where / "bin" / "fc-invoke"
     command.write_text(f"#!{sys.executable}\n{PATIENTLY}{prelude}{RUN_AS}\n")
     command.chmod(0o755)
-    script = f"set -euo pipefail\ntrap 'jobs -p | xargs -r kill' EXIT\n{commands()}"
+    script = f"set -euo pipefail\ntrap 'jobs -p | xargs -r kill' EXIT\n{commands()}{then}"
     for port in ("8080", "8081"):
         script = script.replace(f"127.0.0.1:{port}", f"127.0.0.1:{free_port()}")
     environment = {"PATH": f"{command.parent}:{os.environ['PATH']}", "HOME": str(where), **settings}
@@ -119,7 +120,7 @@ def test_the_guide_ends_with_a_restored_microvm(tmp_path: Path):
 @pytest.mark.firecracker
 @needs("gcc")
 def test_the_guide_ends_with_a_real_restored_microvm(tmp_path: Path):
-    """The image is one static program, which says in capitals what it is told."""
+    """The image is one static program, which says in capitals what it is told. Its clones differ and know the time."""
     real = rules()
     for name, source in (
         ("firecracker", real.firecracker),
@@ -129,6 +130,8 @@ def test_the_guide_ends_with_a_real_restored_microvm(tmp_path: Path):
         shutil.copy(source, tmp_path / name)
     subprocess.run(["gcc", "-static", "-O1", "-o", tmp_path / "program", PROGRAM], check=True)
     hello(tmp_path / "hello.tar", (tmp_path / "program").read_bytes(), "upper")
-    told = follow(tmp_path, "", within_s=BOOTS_WITHIN_S, FC_INVOKE_BOOT_READY_TIMEOUT="5m")
+    settings = {"FC_INVOKE_BOOT_READY_TIMEOUT": "5m", "FC_INVOKE_WORKLOADS_FILE": "workloads.yaml"}
+    told = follow(tmp_path, "", within_s=BOOTS_WITHIN_S, then=VERIFY, **settings)
     check(told, tmp_path)
     assert "HELLO" in told
+    assert "3 clones of hello" in told
