@@ -111,6 +111,18 @@ def test_a_node_without_a_front_counts_its_exchanges(live):
     assert (failure.invocation_id, failure.reason, failure.ran) == (f"{3:032x}", "guest-failed", "maybe")
 
 
+def test_the_start_of_a_guest_counts_whatever_became_of_its_call(live):
+    """A call that failed, or whose caller left, before its reply began had a guest all the same."""
+    for number, fields in enumerate(({}, {"status": 504, "reason": Reason.GUEST_TIMEOUT}, {"client_left": True})):
+        about = {"invocation_id": f"{number:032x}", "workload": "w"}
+        live(InvocationAccepted(**about, caller="c", body_bytes=1))
+        exchanged(live, number)
+        live(InvocationEnded(**about, caller="c", **{"status": 200, "ran": Ran.MAYBE, "total_ms": 4.0, **fields}))
+    now = seen(live)
+    assert (now.traffic.ended, now.traffic.failed, now.traffic.starts) == (3, 1, {"warm": 3})
+    assert now.workloads[0].traffic.starts == {"warm": 3}
+
+
 def test_guests_are_added_up_over_versions_and_nodes(live):
     """Versions of one workload share its slots; each has guests of its own."""
     nodes = [
@@ -194,6 +206,7 @@ def test_however_much_happens_what_is_kept_and_told_is_bounded(live, clock):
     assert len(now.workloads) + now.workloads_left_off == len(live._by_workload) == 1001
     assert now.failures[0].invocation_id == f"{2999:032x}"
     assert not live._claimed
+    assert not live._open
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -44,7 +44,8 @@ _TROUBLES: Final[Mapping[type[Event], Callable[[Any], tuple[str, str]]]] = {
 class Live:
     """An `Emit` that keeps what happened lately. `clock` gives seconds, `wall_ms` milliseconds since the epoch.
 
-    Calls are counted by what their callers were told; in a daemon without a front, by their exchanges with guests.
+    Calls are counted by what their callers were told; in a daemon without a front, by their exchanges with guests. A
+    start counts once a guest was claimed; where that is told elsewhere, once its reply has begun.
     """
 
     def __init__(self, *, clock: Callable[[], float], wall_ms: Callable[[], int]) -> None:
@@ -55,6 +56,7 @@ class Live:
         self._all = Window(slots=WINDOW_S, slot_s=1.0)
         self._by_workload: dict[str, Window] = {}
         self._turned_away: deque[tuple[int, dict[str, int]]] = deque(maxlen=WINDOW_S)
+        self._open: dict[str, str | None] = {}  # how the guest of each call at the front was started, if it has one
         self._claimed: dict[str, tuple[str, float]] = {}
         self._failures: deque[Failure] = deque(maxlen=FAILURES_KEPT)
         self._troubles: dict[str, Trouble] = {}
@@ -118,12 +120,14 @@ class Live:
     def _started(self, event: e.DaemonStarted) -> None:
         self._daemon, self._version, self._started_s = event.daemon, event.version, self._clock()
 
-    def _accepted(self, _: e.InvocationAccepted) -> None:
+    def _accepted(self, event: e.InvocationAccepted) -> None:
         self._has_front = True
+        self._open[event.invocation_id] = None
 
     def _ended(self, event: e.InvocationEnded) -> None:
         failed = (event.reason is not None or event.status >= 500) and not event.client_left
-        self._count(event.workload, event.start, event.total_ms, failed=failed)
+        start = self._open.pop(event.invocation_id, None) or event.start
+        self._count(event.workload, start, event.total_ms, failed=failed)
         if failed:
             self._fail(event, event.ran)
 
@@ -135,7 +139,9 @@ class Live:
         counts[event.reason] = counts.get(event.reason, 0) + 1
 
     def _guest_claimed(self, event: e.GuestClaimed) -> None:
-        if not self._has_front:
+        if event.invocation_id in self._open:
+            self._open[event.invocation_id] = event.start
+        elif not self._has_front:
             self._claimed[event.invocation_id] = (event.start, event.queue_ms + event.claim_ms)
 
     def _exchange_ended(self, event: e.ExchangeEnded) -> None:
