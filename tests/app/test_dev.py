@@ -125,6 +125,35 @@ async def test_guests_have_the_variables_that_were_asked_for_and_no_others(serve
         assert (await dev.call()).json() == ["of mine", "1", "/tmp"]
 
 
+async def test_what_a_killed_one_left_goes_at_the_next_start_and_nothing_else(home, tmp_path):
+    """What is in use stays, and what has no lock yet, and whatever a link leads to."""
+    (home / "app.py").write_text("def app(request):\n    return b''")
+    place = tmp_path / "tmp"
+    (place / "fc-invoke-dev-begun").mkdir(parents=True, mode=0o700)
+    (tmp_path / "linked").mkdir(mode=0o700)
+    (tmp_path / "linked" / "lock").write_text("1\n")
+    (place / "fc-invoke-dev-link").symlink_to(tmp_path / "linked")
+
+    def serving():
+        arguments = ("dev", "app:app", "--json", "--port=0", "--admin-port=0")
+        return process("fc-invoke", *arguments, env={"TMPDIR": str(place)}, cwd=home)
+
+    async with serving() as used:
+        await started(used)
+        in_use = set(place.iterdir())
+        async with serving() as killed:
+            await until(lambda: killed.seen("base.built"), within_s=30)
+        [left] = set(place.iterdir()) - in_use
+        async with serving() as next_one:
+            await started(next_one)
+            there = set(place.iterdir())
+            assert left not in there
+            assert in_use < there
+            assert (tmp_path / "linked" / "lock").exists()
+            async with httpx.AsyncClient(timeout=60.0, trust_env=False) as client:
+                assert (await client.post(f"{used.url}/invoke/app")).status_code == 200
+
+
 def run(*arguments, cwd):
     done = subprocess.run(
         [sys.executable, "-m", "fc_invoke", "dev", *arguments],

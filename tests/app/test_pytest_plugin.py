@@ -1,11 +1,15 @@
 """The fixture `substrate` in somebody's own tests: real guests, receipts, and consoles beside what failed."""
 
+import asyncio
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from e2e.system import processes_marked, until
 from real_parts import needs
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +128,37 @@ def test_a_failure_shows_what_the_guests_printed_and_nothing_outlives_the_test(p
             "  | ValueError: on purpose",
         ]
     )
+
+
+async def test_what_is_served_ends_with_who_asked_for_it_even_if_that_was_killed(tmp_path):
+    """Daemon, zygote and files: nothing can be cleaned up by whoever is killed."""
+    tmp_path.chmod(0o755)
+    home, place = tmp_path / "own", tmp_path / "tmp"
+    home.mkdir(mode=0o755)
+    place.mkdir()
+    (home / "app.py").write_text(APP)
+    code = (
+        "import pathlib, signal\n"
+        "from fc_invoke.testing import Served\n"
+        "with Served('app:app', path=pathlib.Path.cwd()) as app:\n"
+        "    print(app.post().status_code, flush=True)\n"
+        "    signal.pause()\n"
+    )
+    asked = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code),
+        env={"PATH": os.environ["PATH"], "TMPDIR": str(place)},
+        cwd=home,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert await asked.stdout.readline() == b"200\n"
+        assert len(processes_marked(f"TMPDIR={place}")) > 1
+        assert list(place.iterdir())
+    finally:
+        asked.kill()
+        await asked.wait()
+    await until(lambda: not processes_marked(f"TMPDIR={place}"), within_s=30)
+    assert list(place.iterdir()) == []
 
 
 def test_the_example_of_the_readme_passes(project, pytester):

@@ -9,8 +9,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from fc_invoke.serving import MISTAKES
 from fc_invoke.settings import Settings, read_settings
 from fc_invoke.target import mistakes
 from fc_invoke.wiring import assembled, both_planes
+from substrate_node.host import clear_abandoned
 from substrate_node.node import LocalNode
 from substrate_seam.workload import Workload
 from substrate_service.address import Address, ListenFailed, TcpAddress, bound
@@ -37,11 +38,15 @@ OPEN_TO_OTHERS = 0o005
 PAUSE_S, SHARE = 0.3, 20
 """Files are looked at so often, and for at most one part in so many of the time."""
 _CALLS = ("/invoke/", "/http/")
+_STATE_PREFIX = "fc-invoke-dev-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 class Work(Struct, frozen=True, kw_only=True):
-    """What a developer wants served: `target` is `module:attribute` below `path`; ports of 0 are any that are free."""
+    """What a developer wants served: `target` is `module:attribute` below `path`; ports of 0 are any that are free.
+
+    With `lifeline` standard input is a pipe, and its end is a wish to stop: whoever holds the other end may be killed.
+    """
 
     target: str
     path: Path
@@ -52,6 +57,7 @@ class Work(Struct, frozen=True, kw_only=True):
     timeout: str
     env: tuple[str, ...]
     as_json: bool = False
+    lifeline: bool = False
 
 
 def dev(work: Work, environment: Mapping[str, str]) -> int:
@@ -64,7 +70,8 @@ def dev(work: Work, environment: Mapping[str, str]) -> int:
     screen = Screen(work.target)
     observing: Observing = observed if work.as_json else partial(told_to, screen)
     # Not the place of a daemon: one may run on this machine, and other developers' too.
-    with tempfile.TemporaryDirectory(prefix="fc-invoke-dev-") as state:
+    # Who starts at the same moment may already clear it away.
+    with tempfile.TemporaryDirectory(prefix=_STATE_PREFIX, ignore_cleanup_errors=True) as state:
         return run_from_environment(
             "fc-invoke dev",
             version("fc-invoke"),
@@ -124,15 +131,35 @@ async def _developing(
 ) -> AsyncIterator[Assembled]:
     """The daemon for the length of the block, and somebody who looks at the files."""
     announce = partial(screen.welcome, work.name, work.path) if not work.as_json else _say_nothing
+    await clear_abandoned(Path(tempfile.gettempdir()), _STATE_PREFIX, emit=observations.emit)
     async with both_planes(settings, observations, stopping) as both, asyncio.TaskGroup() as duties:
         [workload] = both.catalog.workloads()
         newest = Newest(both.host.node, workload, work.path)
         watching = duties.create_task(newest.watch(), name="watch the files")
         try:
             public = newest.before(both.plane.public)
-            yield assembled(settings, both, public=public, announce=announce, emit=observations.emit)
+            with _lifeline(stopping, held=work.lifeline):
+                yield assembled(settings, both, public=public, announce=announce, emit=observations.emit)
         finally:
             watching.cancel()
+
+
+@contextmanager
+def _lifeline(stopping: Stopping, *, held: bool) -> Generator[None]:
+    """Ask to stop when standard input ends, if it is `held`: nobody writes to it."""
+    loop = asyncio.get_running_loop()
+
+    def ended() -> None:
+        loop.remove_reader(sys.stdin)
+        stopping.ask("end of standard input")
+
+    if held:
+        loop.add_reader(sys.stdin, ended)
+    try:
+        yield
+    finally:
+        if held:
+            loop.remove_reader(sys.stdin)
 
 
 def _say_nothing(_: list[Address]) -> None:

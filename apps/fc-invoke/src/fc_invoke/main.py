@@ -127,6 +127,7 @@ def _add_dev(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     dev.add_argument("--timeout", default="30s", help="how long one call may take (default: %(default)s)")
     dev.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable of the guests")
     dev.add_argument("--json", action="store_true", help="events as lines of JSON on standard error, for programs")
+    dev.add_argument("--lifeline", action="store_true", help=argparse.SUPPRESS)  # of the fixture `substrate`
     dev.set_defaults(run=_dev)
 
 
@@ -173,6 +174,7 @@ def _dev(chosen: argparse.Namespace) -> int:
         timeout=chosen.timeout,
         env=tuple(chosen.env),
         as_json=chosen.json,
+        lifeline=chosen.lifeline,
     )
     return dev(work, os.environ)
 

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -121,7 +120,7 @@ class Served:
     ) -> None:
         """`target` is `module:attribute` below `path`; `calls` gets every reply. Nothing runs before it is entered."""
         self._arguments = [
-            *("dev", target, "--json", "--port=0", "--admin-port=0", "--name=app"),
+            *("dev", target, "--json", "--lifeline", "--port=0", "--admin-port=0", "--name=app"),
             *(f"--path={path}", f"--memory={memory_mib}", f"--timeout={timeout_s:g}s"),
             *(f"--env={name}={value}" for name, value in (env or {}).items()),
         ]
@@ -136,16 +135,16 @@ class Served:
     def __enter__(self) -> Self:
         """Start it; raises `NotStarted` when it can't be served at all."""
         with self._undo as undo:
-            place = undo.enter_context(tempfile.TemporaryDirectory(prefix="substrate-test-"))
             daemon = subprocess.Popen(
                 [sys.executable, "-m", "fc_invoke", *self._arguments],
-                env={**os.environ, "TMPDIR": place},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # which ends with this process, however that ends
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
             )
             undo.callback(_end, daemon)
+            assert daemon.stdin is not None
+            undo.enter_context(daemon.stdin)
             assert daemon.stderr is not None
             undo.enter_context(daemon.stderr)
             reader = threading.Thread(target=self._read, args=(daemon.stderr,), name="substrate-events", daemon=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Literal, Protocol, TextIO
 
@@ -16,9 +17,9 @@ from substrate_node.images import ImageStore
 from substrate_node.memory import default_memory_mib
 from substrate_node.node import LocalNode, NodeIdentity, NodeTimes
 from substrate_node.offloop import off_loop
-from substrate_node.procvm import IsolationReport, ProcessVmm
+from substrate_node.procvm import IsolationReport, ProcessVmm, record
 from substrate_node.ready import IdentityMint
-from substrate_node.state import StateRoot, default_state_root, locked_state_root
+from substrate_node.state import StateRoot, StateRootUnusable, abandoned, default_state_root, locked_state_root
 from substrate_node.vmm import Orphan, Vmm
 from substrate_seam.events import Emit, OrphanRemoved, WarningRaised
 from substrate_seam.story import Story
@@ -137,6 +138,18 @@ async def hosted_node(
         ) as node:
             isolation = await processes.probe()
             yield HostedNode(node=node, vmms=vmms, isolation=isolation, journal=journal)
+
+
+async def clear_abandoned(parent: Path, prefix: str, *, emit: Emit) -> None:
+    """Remove what killed daemons of ours left in `parent`, guests and all: state roots of that prefix in no use.
+
+    What cannot be removed stays, for the next to try.
+    """
+    for path in abandoned(parent, prefix):
+        with suppress(StateRootUnusable, OSError), locked_state_root(path, boot_id="", setting="") as root:
+            _tell_orphans(await sweep_orphans(root.run, None), emit)
+            _tell_orphans(await record.sweep(root.run), emit)
+            await off_loop(shutil.rmtree, root.path)
 
 
 def _open_journal(path: Path | None, files: ExitStack) -> JournalFile | None:

@@ -67,6 +67,25 @@ def locked_state_root(path: Path, *, boot_id: str, setting: str) -> Iterator[Sta
         yield StateRoot(path=path, boot_id=boot_id)
 
 
+def abandoned(parent: Path, prefix: str) -> list[Path]:
+    """Our own state roots in `parent` by the beginning of their names, once locked; who locks one learns if it is used.
+
+    One that no daemon has written its pid in yet may be about to be used.
+    """
+    found = []
+    for path in sorted(parent.glob(f"{prefix}*")):
+        try:
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            lock = (path / "lock").lstat()
+        except OSError:
+            continue
+        if stat.S_ISREG(lock.st_mode) and lock.st_size:
+            found.append(path)
+    return found
+
+
 def refuse_shared(path: Path, setting: str) -> None:
     """Raise `StateRootUnusable` if a directory is another user's or open to others."""
     found = path.stat()
