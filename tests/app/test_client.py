@@ -1,11 +1,16 @@
 """What `fc-invoke invoke` and `explain` ask for is what was typed, and odd answers are words."""
 
 import http.server
+import io
+import socket
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from fc_invoke import client
+from fc_invoke.main import main
 
 
 @pytest.fixture
@@ -59,3 +64,44 @@ def test_an_answer_that_is_no_story_is_told_in_words(listener):
     with pytest.raises(client.Unreachable, match=url):
         client.explain(url, "../../metrics", admin_token=None)
     assert asked == ["/v1/invocations/..%2F..%2Fmetrics"]
+
+
+COMMANDS = [
+    (["invoke", "echo", "--url"], "--url"),
+    (["explain", "a" * 32, "--admin-url"], "--admin-url"),
+    (["top", "--once", "--admin"], "--admin"),
+    (["audit", "--admin-url"], "--admin-url or --journal"),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), COMMANDS)
+def test_where_nobody_listens_every_command_says_what_to_do(command, option, capfd):
+    with socket.socket() as bound:  # to a port where nobody else will listen
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(SystemExit, match="1"):
+            main([*command, url])
+    told = capfd.readouterr().err
+    assert f"no daemon answers at {url}: " in told
+    assert f"Start one with `fc-invoke`, or name its listener with {option}." in told
+
+
+@pytest.mark.parametrize("command", [command for command, _ in COMMANDS])
+def test_an_address_that_is_no_url_is_told_what_it_lacks(command, capfd):
+    with pytest.raises(SystemExit, match="1"):
+        main([*command, "127.0.0.1:8081"])
+    assert capfd.readouterr().err == (
+        "fc-invoke: 127.0.0.1:8081 is no URL: its http:// is missing. Say http://127.0.0.1:8081\n"
+    )
+
+
+def test_a_body_is_text_or_what_a_file_holds_by_either_name(tmp_path, monkeypatch):
+    """`-d @FILE` is what users of curl type; every byte of the file is sent."""
+    file = tmp_path / "body"
+    file.write_bytes(b"a\r\n\0b\n")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"typed")))
+    assert client.read_body("text", None) == b"text"
+    assert client.read_body(f"@{file}", None) == client.read_body(None, str(file)) == file.read_bytes()
+    assert client.read_body("@-", None) == b"typed"
+    with pytest.raises(FileNotFoundError):
+        client.read_body("@/nowhere", None)

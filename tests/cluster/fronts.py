@@ -26,6 +26,11 @@ def entry(name: str = "thumb", *, guest: str = "substrate", callers: frozenset[s
     return Entry(workload=Workload.of(spec), callers=callers)
 
 
+class Table(dict[str, Entry]):
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(self.values())
+
+
 class Bench:
     """The application under test; leaving its `with` block checks that nothing is held and nothing was told twice."""
 
@@ -46,7 +51,7 @@ class Bench:
         self._ids = count(1)
         named = entries or (entry(), entry("shim", guest="go-shim"))
         self.app = public_app(
-            catalog={each.workload.name: each for each in named},
+            catalog=Table({each.workload.name: each for each in named}),
             executor=self.executor,
             authenticator=authenticator or Anonymous(),
             admission=self.admission,
@@ -55,6 +60,7 @@ class Bench:
             ready=lambda: list(not_ready),
             mint_id=lambda: f"{next(self._ids):032x}",
             emit=self.events.append,
+            prefix="FC_INVOKE_",
         )
 
     def __enter__(self) -> Bench:

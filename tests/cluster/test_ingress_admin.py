@@ -40,6 +40,7 @@ def admin(*, reasons=(), authenticator=None, journal=None, host=None):
         allowed_hosts={"localhost"},
         mint_id=lambda: "e" * 32,
         emit=lambda event: None,
+        prefix="CLUSTER_AGENT_",
     )
 
 
@@ -84,6 +85,12 @@ async def test_the_journal_of_the_guests_is_there_where_one_is_kept():
     assert answer.json == {"entries": ["a 1", "b 2"]}
     answer = await get(admin(), "/v1/audit")
     assert (answer.status, answer.text.splitlines()[0]) == (404, "no journal is kept")
+    assert "NODE_DAEMON_AUDIT_JOURNAL" in answer.text
+
+
+async def test_what_another_machine_is_refused_names_the_setting_that_allows_it():
+    assert "CLUSTER_AGENT_ADMIN_TOKEN_FILE" in (await get(admin(), "/metrics", client=ELSEWHERE)).text
+    assert "CLUSTER_AGENT_ALLOWED_HOSTS" in (await get(admin(), "/metrics", host="front.example")).text
 
 
 @pytest.mark.parametrize("target", ["/v1/invocations/" + "b" * 32, "/v1/invocations/", "/v1/invocations", "/nothing"])

@@ -199,6 +199,15 @@ async def test_an_unknown_workload_is_named():
     with Bench() as bench:
         answer = await call(bench.app, "/invoke/thumbb")
     assert answer.text.startswith("unknown workload 'thumbb'\n")
+    assert "The nearest is 'thumb'; `fc-invoke top` and the admin listener list the workloads." in answer.text
+
+
+async def test_an_unknown_workload_betrays_no_name_that_its_caller_may_not_call():
+    for callers, told in ((frozenset({"bob"}), False), (None, True)):
+        with Bench(entries=(entry("private", callers=callers),)) as bench:
+            answer = await call(bench.app, "/invoke/privat")
+        assert answer.status == 404
+        assert ("'private'" in answer.text) is told
 
 
 async def test_a_defect_keeps_its_traceback_from_the_caller_and_tells_the_maintainers():

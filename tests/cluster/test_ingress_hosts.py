@@ -89,6 +89,12 @@ def test_a_request_names_one_host(hosts):
     assert refused.value.reason is Reason.BAD_REQUEST
 
 
+async def test_who_calls_by_a_name_that_is_not_served_hears_which_setting_allows_it():
+    with Bench() as bench:
+        answer = await call(bench.app, "/invoke/thumb", host="front.example")
+    assert "see the setting FC_INVOKE_ALLOWED_HOSTS" in answer.text
+
+
 @pytest.mark.parametrize("target", ["/invoke/thumb", "/http/thumb/page"])
 async def test_no_guest_runs_for_a_page(target):
     with Bench() as bench:

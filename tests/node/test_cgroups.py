@@ -93,6 +93,7 @@ async def test_the_report_says_whether_guests_have_groups(tmp_path: Path, root: 
     missing = {measure.name: measure for measure in (await rig.vmm.probe()).missing}
     assert "cgroup.controllers" in missing[MEMORY_BOUND].why_not
     assert "a guest may take what memory there is" in missing[MEMORY_BOUND].hint
+    assert "systemd.unified_cgroup_hierarchy=1" in missing[MEMORY_BOUND].hint  # root is not all that it takes
 
     entered: list[tuple[str, int]] = []
 

@@ -17,6 +17,8 @@ from random import Random
 import httpx
 from msgspec import Struct
 
+from fc_invoke.client import unanswered
+
 _HEAD_BYTES_MAX = 65_536
 
 
@@ -169,7 +171,7 @@ async def _call(
             whole=True,
         )
     except httpx.ConnectError as error:
-        raise AuditImpossible(f"{url}: {error}") from error
+        raise AuditImpossible(unanswered(url, error, option="--url")) from error
     except httpx.HTTPError:  # the daemon aborted the reply: the caller was told nothing more
         return answer
 
@@ -189,7 +191,7 @@ async def _read_journals(operator: httpx.AsyncClient, journals: Sequence[str]) -
         try:
             answer = await operator.get(f"{url}/v1/audit")
         except httpx.HTTPError as error:
-            raise AuditImpossible(f"{url}: {error}") from error
+            raise AuditImpossible(unanswered(url, error, option="--admin-url or --journal")) from error
         if answer.status_code != 200:
             raise AuditImpossible(f"{url}: {answer.text.strip()}")
         entries += [(line.split()[0], int(line.split()[1])) for line in json.loads(answer.content)["entries"]]

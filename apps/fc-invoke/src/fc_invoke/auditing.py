@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from fc_invoke.audit import Answer, AuditImpossible, Load, Violation, audit
-from fc_invoke.client import Unreachable
+from fc_invoke.client import Unreachable, check_url
 
 
 def run(
@@ -24,6 +24,8 @@ def run(
     admin_token: str | None,
 ) -> int:
     """Audit and report. 0 when every answer was the truth, 1 when one was not. Raises `Unreachable`."""
+    for url in (*urls, *journals):
+        check_url(url)
     load = Load(workload=workload, calls=calls, at_once=at_once, dice=Random(seed))  # noqa: S311  # a seed, to replay
     impossible: list[BaseException] = []
     try:

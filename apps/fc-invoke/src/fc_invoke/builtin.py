@@ -8,7 +8,7 @@ SOURCE = "the built-in workloads"
 
 _SERVE = ["python", "-m", "substrate_guest", "serve"]
 
-# Without a pool: a clone of the base is a few milliseconds away, a parked guest would hold memory all the while, and
+# Without a pool: a call gets a clone of the base, a parked guest would hold memory all the while, and
 # parking the next one beside each call took from calls in a row what it gave to single ones.
 TABLE = json.dumps(
     {
@@ -33,7 +33,7 @@ Try it, from another terminal:
   {curl} -d '{{"code": "print(6*7)"}}' {url}/invoke/python
   {curl} -d hello {url}/invoke/echo
 
-Each call ran in a process guest of its own. That keeps calls apart; it is no security boundary (see README.md).
+Each call runs in a process guest of its own. That keeps calls apart; it is no security boundary (see README.md).
 Watch it: {admin} in a browser, or `fc-invoke top`  ·  Ctrl-C drains and stops.
 """
 """What `serve` prints for a person, with the addresses filled in."""

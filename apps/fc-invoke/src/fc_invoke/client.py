@@ -32,13 +32,35 @@ class Unreachable(Exception):
 
 
 def open_client(url: str, *, token: str | None) -> httpx.Client:
-    """A client of one listener. It waits as long as the daemon does: the daemon bounds every call."""
+    """A client of one listener. It waits as long as the daemon does: the daemon bounds every call.
+
+    Raises `Unreachable` for what is no URL.
+    """
+    check_url(url)
     headers = {"authorization": f"Bearer {token}"} if token else {}
     return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(None, connect=5.0), trust_env=False)
 
 
+def check_url(url: str) -> None:
+    """Raise `Unreachable` for what names no listener because it does not say how to speak to it."""
+    if not url.startswith(("http://", "https://")):
+        raise Unreachable(f"{url} is no URL: its http:// is missing. Say http://{url}")
+
+
+def unanswered(url: str, error: Exception, *, option: str) -> str:
+    """Why a listener could not be asked, and, if nobody listens, with which option to name another."""
+    if isinstance(error, httpx.ConnectError):
+        return f"no daemon answers at {url}: {error}. Start one with `fc-invoke`, or name its listener with {option}."
+    return f"{url}: {error}"
+
+
 def read_body(data: str | None, file: str | None) -> bytes:
-    """The body that the command line names: text, a file, or `-` for standard input. Raises `OSError`."""
+    """The body that the command line names: text, a file (`@file` for curl's users), or `-` for standard input.
+
+    Raises `OSError`.
+    """
+    if data is not None and data.startswith("@"):
+        file = data[1:]
     if file is not None:
         return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     return (data or "").encode()
@@ -73,7 +95,7 @@ def invoke(url: str, admin_url: str, call: Call, *, token: str | None, admin_tok
                 sys.stdout.buffer.write(piece)
                 sys.stdout.buffer.flush()
     except httpx.HTTPError as error:
-        raise Unreachable(f"{url}: {error}") from error
+        raise Unreachable(unanswered(url, error, option="--url")) from error
     invocation_id = reply.headers.get("fc-invocation-id", "")
     print(f"\n\n{reply.status_code} {_origin(reply)}   invocation {invocation_id}", file=sys.stderr)
     try:
@@ -98,7 +120,7 @@ def fetch_story(admin_url: str, invocation_id: str, *, token: str | None) -> dic
             raise Unreachable(f"{admin_url}: {answer.text.strip()}")
         return dict(answer.json())
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise Unreachable(f"{admin_url}: {error}") from error
+        raise Unreachable(unanswered(admin_url, error, option="--admin-url")) from error
 
 
 def told(story: dict[str, Any]) -> str:

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     invoke.add_argument("workload")
     invoke.add_argument("session", nargs="?")
     body = invoke.add_mutually_exclusive_group()
-    body.add_argument("-d", "--data", help="the body, as text")
+    body.add_argument("-d", "--data", help="the body, as text; `@FILE` is what a file holds, `@-` standard input")
     body.add_argument("-f", "--file", help="a file with the body; `-` is standard input")
     _add_addresses(invoke)
     invoke.set_defaults(run=_invoke)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import httpx
 import msgspec
 
-from fc_invoke.client import Unreachable, open_client
+from fc_invoke.client import Unreachable, open_client, unanswered
 from fc_invoke.drawing import drawn
 from substrate_service.snapshot import Snapshot
 
@@ -75,7 +75,7 @@ def _fetched(client: httpx.Client, admin_url: str) -> Snapshot:
             raise Unreachable(f"{admin_url}: {answer.status_code} {answer.text.strip()}")
         return msgspec.json.decode(answer.content, type=Snapshot)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Unreachable(f"no daemon answers at {admin_url}: {error}. --admin names its admin listener.") from error
+        raise Unreachable(unanswered(admin_url, error, option="--admin")) from error
     except msgspec.DecodeError as error:
         raise Unreachable(f"{admin_url} does not speak as a daemon of this version does: {error}") from error
 

@@ -190,6 +190,7 @@ async def control_plane(
         emit=emit,
         clock=clock,
         join=join,
+        prefix=prefix,
     )
     admin = admin_app(
         ready=ready,
@@ -203,6 +204,7 @@ async def control_plane(
         allowed_hosts=front.allowed_hosts or default_hosts(str(front.admin_listen)),
         mint_id=mint_id,
         emit=emit,
+        prefix=prefix,
     )
     async with asyncio.TaskGroup() as duties:
         following = duties.create_task(registry.run(), name="follow the nodes")

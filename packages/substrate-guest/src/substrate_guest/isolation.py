@@ -188,6 +188,8 @@ def enter_namespaces(plan: Plan, measures: Measures, *, administers: bool) -> No
     if not administers:
         if os.geteuid() == 0:
             measures.apply("unprivileged-user", become, plan.user)
+        elif measures.wants("unprivileged-user"):
+            measures.outcomes["unprivileged-user"] = ""  # an ordinary user's guest is that user's: it was never root
         measures.apply("user-namespace", enter_user_namespace)
     for name, flag in NAMESPACES:
         measures.apply(name, call, "unshare", flag)

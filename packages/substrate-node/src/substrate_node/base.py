@@ -233,8 +233,8 @@ class Bases:
             BaseBuilt(
                 workload=workload.name,
                 base=base.base_id,
-                build_ms=(built_s - began_s) * 1e3,
-                capture_ms=(built_s - primed_s) * 1e3,
+                build_ms=round((built_s - began_s) * 1e3, 1),
+                capture_ms=round((built_s - primed_s) * 1e3, 1),
             )
         )
         return base

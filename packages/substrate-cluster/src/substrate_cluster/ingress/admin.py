@@ -45,6 +45,7 @@ def admin_app(
     allowed_hosts: Collection[str],
     mint_id: Callable[[], str],
     emit: Emit,
+    prefix: str = "",
 ) -> ASGIApp:
     """Probes for whoever reaches the listener; the rest for operators.
 
@@ -52,9 +53,10 @@ def admin_app(
     `story` what is known of an invocation as something that can be JSON, or None; `journal` the lines `id attempt` that
     guests wrote before they acted, where a journal is kept; `host` what guests get from this host, in words and as
     something that can be JSON, where it has guests. `live` is the present as something that can be JSON, and `page`
-    draws it: the page itself knows nothing, so it is served without a token and asks its reader for one.
+    draws it: the page itself knows nothing, so it is served without a token and asks its reader for one. `prefix` is
+    how the names of the daemon's settings begin.
     """
-    hosts = HostRule(allowed_hosts)
+    hosts = HostRule(allowed_hosts, prefix=prefix)
 
     def check_place(exchange: Exchange) -> list[bytes]:
         """Refuse foreign pages, and without tokens other machines; the values of `Authorization`."""
@@ -62,9 +64,8 @@ def admin_app(
         hosts.check(fields.ours)
         client = exchange.scope.get("client")  # a Unix socket has no client address
         if authenticator is None and client is not None and not is_loopback(client[0]):
-            raise refused(
-                Reason.FORBIDDEN, "forbidden", hint="From another machine this takes a token: see ADMIN_TOKEN_FILE."
-            )
+            hint = f"From another machine this takes a token: see the setting {prefix}ADMIN_TOKEN_FILE."
+            raise refused(Reason.FORBIDDEN, "forbidden", hint=hint)
         return fields.ours.get(b"authorization", [])
 
     def for_operators(handler: Handler) -> Handler:
@@ -109,7 +110,9 @@ def admin_app(
             raise refused(
                 Reason.NOT_FOUND,
                 "no journal is kept",
-                hint="Start it with FC_INVOKE_AUDIT_JOURNAL=<file>; a node-daemon keeps its own.",
+                hint="Daemons that run guests keep it: fc-invoke with FC_INVOKE_AUDIT_JOURNAL=<file>; behind a "
+                "cluster-agent each node-daemon with NODE_DAEMON_AUDIT_JOURNAL=<file>, and `--journal` names its "
+                "admin listener.",
             )
         await exchange.answer(200, _JSON, msgspec.json.encode({"entries": journal()}))
 

@@ -38,19 +38,20 @@ def public_app(
     emit: Emit,
     clock: Callable[[], float] | None = None,
     join: Join = pass_on,
+    prefix: str = "",
 ) -> ASGIApp:
     """Invocations, `/healthz` and a `/readyz` that says no more than yes or no.
 
     `mint_id` gives 32 hex digits, new each time; `allowed_hosts` are names and addresses without port
     (`default_hosts` has those of an address). `clock` gives seconds to measure by; without it the event loop's own do.
-    `join` says which trace context a guest is given.
+    `join` says which trace context a guest is given, `prefix` how the names of the daemon's settings begin.
     """
     front = Front(
         catalog=catalog,
         executor=executor,
         authenticator=authenticator,
         admission=admission,
-        hosts=HostRule(allowed_hosts),
+        hosts=HostRule(allowed_hosts, prefix=prefix),
         limits=limits,
         emit=emit,
         join=join,

@@ -52,10 +52,11 @@ class HostRule:
     """Refuses requests for names that are not ours, and requests that a web page of another origin makes.
 
     `allowed` holds host names and addresses without a port. `*` stands for every name; the address of every interface
-    (`0.0.0.0`, `::`) for every literal address, which DNS cannot rebind.
+    (`0.0.0.0`, `::`) for every literal address, which DNS cannot rebind. `prefix` is that of the daemon's settings.
     """
 
-    def __init__(self, allowed: Collection[str]) -> None:
+    def __init__(self, allowed: Collection[str], *, prefix: str = "") -> None:
+        self._setting = f"{prefix}ALLOWED_HOSTS"
         hosts = {host_of(host) for host in allowed}
         self._names = hosts - _EVERY_ADDRESS
         self._any_name = "*" in hosts
@@ -68,9 +69,8 @@ class HostRule:
             raise refused(Reason.BAD_REQUEST, f"the request has {len(hosts)} Host fields; accepted is exactly one")
         host = hosts[0]
         if not self._serves(host.decode("latin-1")):
-            raise _forbidden(
-                f"Host {host[:100].decode('latin-1')!r} is not served here: see the setting ALLOWED_HOSTS."
-            )
+            found = host[:100].decode("latin-1")
+            raise _forbidden(f"Host {found!r} is not served here: see the setting {self._setting}.")
         for origin in ours.get(b"origin", ()):
             if origin.partition(b"://")[2].lower() != host.lower():
                 raise _forbidden("Web pages of another origin may not call workloads.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Final, Protocol
 
 from msgspec import Struct
@@ -66,6 +68,10 @@ class Catalog(Protocol):
 
     def get(self, name: str, /) -> Entry | None:
         """The workload of this name, None when there is none."""
+        ...
+
+    def entries(self) -> Sequence[Entry]:
+        """All workloads."""
         ...
 
 
@@ -146,15 +152,21 @@ class Front:
             raise refused(
                 Reason.UNKNOWN_WORKLOAD,
                 f"unknown workload {name[:100]!r}",
-                hint="Names are exact; the workload table says which there are.",
+                hint=f"{self._nearest(name, caller)}`fc-invoke top` and the admin listener list the workloads.",
             )
-        if entry.callers is not None and caller not in entry.callers:
+        if not _admits(entry, caller):
             raise refused(
                 Reason.FORBIDDEN,
                 "forbidden",
                 hint=f"Caller {caller!r} is not among the `callers` of workload {name!r}.",
             )
         return entry
+
+    def _nearest(self, name: str, caller: str) -> str:
+        """Which workload may be meant, of those that the caller may call: nobody learns the names of others."""
+        names = [entry.workload.name for entry in self._catalog.entries() if _admits(entry, caller)]
+        near = get_close_matches(name[:100], names, n=1)
+        return f"The nearest is {near[0]!r}; " if near else ""
 
     async def _run(
         self,
@@ -262,6 +274,10 @@ class _Ending:
             client_left=self.client_left,
             body_bytes=exchange.body_bytes,
         )
+
+
+def _admits(entry: Entry, caller: str) -> bool:
+    return entry.callers is None or caller in entry.callers
 
 
 def _no_such_thing(exchange: Exchange) -> SubstrateError:

@@ -49,8 +49,9 @@ HINTS = {
     "private-files": "needs Linux 5.12 or later",
     "no-nested-namespaces": "needs own-proc",
     "own-boot-id": "needs own-proc",
-    "control-group": "run the daemon as root, or with a delegated group of version 2 that has memory and pids; until "
-    "then a guest may take what memory there is",
+    "control-group": "it takes control groups of version 2 with memory and pids (a host of version 1 boots with "
+    "systemd.unified_cgroup_hierarchy=1), and root or a group that is delegated to the daemon's user; until then a "
+    "guest may take what memory there is",
 }
 """What helps most often when a measure can't be applied."""
 
