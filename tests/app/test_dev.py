@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from e2e.system import process, started, until
+from fc_invoke.files import seen
 from real_parts import needs
 
 pytestmark = needs("user-namespaces", "pidfd")
@@ -117,6 +118,34 @@ async def test_a_mistake_is_told_when_it_is_saved(serve):
         await until(lambda: dev.process.seen("base.built"))
         dev.save("1 / 0")
         await until(lambda: dev.process.seen("base.failed"))
+
+
+def test_what_it_says_into_a_file_there_is_no_change(home):
+    """Or each line of its own would bring about the next."""
+    (home / "app.py").write_text("def app(request):\n    return b''")
+    with (home / "nohup.out").open("w") as out:
+        before = seen(str(home))
+        code = f"import sys; from fc_invoke.files import seen; print(len(seen({str(home)!r})), flush=True)"
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert set(before) == {str(home / "app.py"), str(home / "nohup.out")}
+    assert (home / "nohup.out").read_text() == "1\n"
+
+
+async def test_a_file_that_changes_all_the_time_is_told(serve, home):
+    async with serve("def app(request):\n    return 'good'") as dev:
+        primed = 0
+
+        def write_and_look():
+            nonlocal primed
+            if len(dev.process.seen("base.built")) > primed:
+                primed = len(dev.process.seen("base.built"))
+                (home / "log").write_text(str(primed))
+            return [event for event in dev.process.seen("warning.raised") if "changes all the time" in str(event)]
+
+        await until(write_and_look, within_s=60)
+        [told] = write_and_look()
+        assert str(home / "log") in told["message"]
+        assert (await dev.call()).text == "good"
 
 
 async def test_guests_have_the_variables_that_were_asked_for_and_no_others(serve):

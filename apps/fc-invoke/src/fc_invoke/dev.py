@@ -25,6 +25,7 @@ from fc_invoke.target import mistakes
 from fc_invoke.wiring import assembled, both_planes
 from substrate_node.host import clear_abandoned
 from substrate_node.node import LocalNode
+from substrate_seam.events import Emit, WarningRaised
 from substrate_seam.workload import Workload
 from substrate_service.address import Address, ListenFailed, TcpAddress, bound
 from substrate_service.daemon import Assembled, run_from_environment
@@ -36,7 +37,9 @@ HOST = "127.0.0.1"
 PORT_MAX = 65535
 OPEN_TO_OTHERS = 0o005
 PAUSE_S, SHARE = 0.3, 20
-"""Files are looked at so often, and for at most one part in so many of the time."""
+RESTLESS, DOUBLINGS_MAX = 4, 7
+"""Files are looked at so often, and for at most one part in so many of the time. A file that is another
+at so many looks in a row is told, and each such look doubles the pause, so many times at most."""
 _CALLS = ("/invoke/", "/http/")
 _STATE_PREFIX = "fc-invoke-dev-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -134,7 +137,7 @@ async def _developing(
     await clear_abandoned(Path(tempfile.gettempdir()), _STATE_PREFIX, emit=observations.emit)
     async with both_planes(settings, observations, stopping) as both, asyncio.TaskGroup() as duties:
         [workload] = both.catalog.workloads()
-        newest = Newest(both.host.node, workload, work.path)
+        newest = Newest(both.host.node, workload, work.path, emit=observations.emit)
         watching = duties.create_task(newest.watch(), name="watch the files")
         try:
             public = newest.before(both.plane.public)
@@ -174,10 +177,11 @@ class Newest:
     network and container file systems do not have, and has no moment in which a notice is still on its way.
     """
 
-    def __init__(self, node: LocalNode, workload: Workload, path: Path) -> None:
+    def __init__(self, node: LocalNode, workload: Workload, path: Path, *, emit: Emit) -> None:
         self._node = node
         self._workload = workload
         self._path = str(path)
+        self._emit = emit
         self._seen: Sight | None = None
         self._looking = asyncio.Lock()
 
@@ -194,10 +198,25 @@ class Newest:
         return took_s
 
     async def watch(self) -> None:
-        """Look at the files again and again."""
+        """Look at the files again and again, and less often while some file changes all the time."""
+        restless: set[str] = set()
+        looks, told = 0, False
+        took_s = await self.current()
         while True:
+            await asyncio.sleep(max(PAUSE_S, took_s * SHARE) * 2 ** min(looks, DOUBLINGS_MAX))
+            before = self._seen or {}
             took_s = await self.current()
-            await asyncio.sleep(max(PAUSE_S, took_s * SHARE))
+            changed = {path for path, what in (self._seen or {}).items() if before.get(path) != what}
+            restless = restless & changed if looks else changed
+            looks = looks + 1 if restless else 0
+            if looks >= RESTLESS and not told:
+                told = True
+                self._emit(
+                    WarningRaised(
+                        message=f"{min(restless)} changes all the time, and each change costs a new priming",
+                        hint="Write it outside of the directory that is served.",
+                    )
+                )
 
     def before(self, app: App) -> App:
         """`app`, where each call of a guest first waits until it would run what the files are now."""

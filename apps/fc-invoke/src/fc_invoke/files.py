@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 PASSED_OVER = {"__pycache__", "node_modules"}
 """Folders in which nobody writes by hand; those whose name begins with a dot are passed over too."""
@@ -13,11 +14,24 @@ Sight = dict[str, tuple[int, int, int]]
 
 
 def seen(directory: str) -> Sight:
-    """Every file below a directory as it is now, but for those of virtual environments. Blocks; never raises."""
-    return dict(_files(directory))
+    """Every file below a directory as it is now, but for those of virtual environments. Blocks; never raises.
+
+    What this process itself says into a file there is no change: each would bring about the next.
+    """
+    return dict(_files(directory, _own_output()))
 
 
-def _files(directory: str) -> Iterator[tuple[str, tuple[int, int, int]]]:
+def _own_output() -> set[tuple[int, int]]:
+    """Device and inode of standard output and errors, as far as they are open."""
+    own = set()
+    for stream in (1, 2):
+        with suppress(OSError):
+            status = os.fstat(stream)
+            own.add((status.st_dev, status.st_ino))
+    return own
+
+
+def _files(directory: str, passed_over: set[tuple[int, int]]) -> Iterator[tuple[str, tuple[int, int, int]]]:
     try:
         with os.scandir(directory) as found:
             entries = list(found)
@@ -29,9 +43,10 @@ def _files(directory: str) -> Iterator[tuple[str, tuple[int, int, int]]]:
         try:
             if entry.is_dir(follow_symlinks=False):
                 if entry.name not in PASSED_OVER and not entry.name.startswith("."):
-                    yield from _files(entry.path)
+                    yield from _files(entry.path, passed_over)
                 continue
             status = entry.stat()
         except OSError:
             continue
-        yield entry.path, (status.st_ino, status.st_size, status.st_mtime_ns)
+        if (status.st_dev, status.st_ino) not in passed_over:
+            yield entry.path, (status.st_ino, status.st_size, status.st_mtime_ns)
