@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from random import Random
 
 from starlette.types import ASGIApp
 
 from substrate_cluster.ingress import admin_app
+from substrate_cluster.stories import whole_story
 from substrate_node.procvm.probe import MEASURES, reported
 from substrate_seam.errors import Ran, Reason
 from substrate_seam.events import (
@@ -80,7 +82,7 @@ class Scene:
         return admin_app(
             ready=list,
             metrics=lambda: b"",
-            story=self._stories.story,
+            story=partial(whole_story, own=self._stories.story, nodes={}),
             live=self.snapshot,
             page=page(),
             host=("", _isolation()) if self._alone else None,
