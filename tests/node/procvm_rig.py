@@ -9,11 +9,14 @@ from pathlib import Path
 
 from node.vmm_contract import NOBODY, until_ready
 from substrate_guest import isolation
-from substrate_node.procvm import ProcessVmm
+from substrate_node.procvm import IsolationReport, ProcessVmm
+from substrate_node.procvm.interpreter import Interpreter
 from substrate_node.vmm import Base, Guest, Inbound
 from substrate_seam.workload import Workload, WorkloadSpec
 
 GUESTS = Path(__file__).parent / "guests"
+
+_KNOWN: dict[str, tuple[IsolationReport, dict[str, Interpreter]]] = {}
 
 
 class ProcessRig:
@@ -24,10 +27,18 @@ class ProcessRig:
     def __init__(self, run: Path, *, python: str = sys.executable) -> None:
         run.mkdir(mode=0o700, parents=True)
         self.run = run
+        self.python = python
         self.vmm = ProcessVmm(run, guest_argv=isolation.argv(python), python=python)
         self.workload = workload()
         self.refused = Workload.of(WorkloadSpec(name="vm", rootfs_path="/images/vm.ext4"))
         self._others = children()
+
+    async def know_the_host(self) -> None:
+        """Have the monitor probe it, which takes three guests; once for all monitors with this interpreter."""
+        if self.python in _KNOWN:
+            self.vmm._ready_groups()
+            self.vmm._report, self.vmm._interpreters._known = _KNOWN[self.python]
+        _KNOWN[self.python] = await self.vmm.probe(), self.vmm._interpreters._known
 
     def left(self) -> Collection[str]:
         """Directories of guests, and children of this process that it had not before."""
@@ -115,7 +126,7 @@ def children() -> set[str]:
 async def process_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[ProcessRig]:
     """A rig that has probed the host, and in the end has no guest."""
     rig = ProcessRig(run, python=python)
-    await rig.vmm.probe()
+    await rig.know_the_host()
     yield rig
     assert not (left := rig.left()), f"left behind: {left}"
 
@@ -124,7 +135,7 @@ async def process_rig(run: Path, *, python: str = sys.executable) -> AsyncIterat
 async def warm_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[WarmRig]:
     """The same with a workload that can be cloned; in the end it has no base either."""
     rig = WarmRig(run, python=python)
-    await rig.vmm.probe()
+    await rig.know_the_host()
     yield rig
     assert not (left := rig.left()), f"left behind: {left}"
 
@@ -133,7 +144,7 @@ async def warm_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[
 async def clone_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[CloneRig]:
     """A rig of clones, with the base that they are made of; in the end there is neither."""
     rig = CloneRig(run, python=python)
-    await rig.vmm.probe()
+    await rig.know_the_host()
     await rig.begin()
     yield rig
     assert not (left := rig.left()), f"left behind: {left}"
