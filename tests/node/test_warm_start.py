@@ -23,7 +23,7 @@ import uvloop
 from node.procvm_rig import GUESTS, CloneRig, WarmRig, children, clone_rig, warm_rig, warm_workload
 from node.test_procvm import TESTS, assert_all_end, processes
 from node.vmm_contract import NOBODY, PROMISES, Promise, ask, until_ready
-from real_parts import needs
+from real_parts import is_full, needs
 from substrate_node.clones import FACTS, CannotVerify, verify_clones
 from substrate_node.node import LocalNode, NodeIdentity
 from substrate_node.procvm import clone as clone_module
@@ -322,7 +322,7 @@ async def test_a_zygote_that_says_what_nobody_asked_is_given_up(says: bytes):
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(20 if is_full() else 4))
 async def test_a_zygote_killed_while_it_is_cloned_leaves_no_clone_behind(rig: WarmRig, seed: int):
     """Even one that was forked and not told of."""
     dice = Random(seed)
@@ -354,7 +354,7 @@ async def test_a_capture_given_up_leaves_nothing(rig: WarmRig, passes: int):
     assert not rig.left()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(20 if is_full() else 4))
 def test_a_daemon_killed_at_any_time_leaves_neither_zygote_nor_clone(tmp_path: Path, seed: int):
     """While it boots what it will capture, while it captures, while it clones, and later."""
     mark = f"mark-{os.getpid()}-{tmp_path.name}"
@@ -484,7 +484,7 @@ async def test_ensuring_a_workload_again_takes_up_what_changed_in_its_files(rig:
         assert based(node, workload) != first
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(20 if is_full() else 2))
 async def test_killing_zygotes_and_clones_never_tells_a_caller_a_lie(rig: WarmRig, seed: int):
     """Every call is answered or fails as a death would have it; nothing is left, and calls work afterwards."""
     dice = Random(seed)

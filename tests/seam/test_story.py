@@ -49,6 +49,17 @@ def test_a_node_whose_clock_is_wrong_tells_its_part_where_it_belongs(skew_ms):
     }
 
 
+def test_a_node_begins_no_call_before_it_was_placed_there():
+    """When a node told its part is a guess, which is worse the longer its answer took."""
+    node = story(1_200, (1_010, "slot.taken", {}), (1_050, "guest.gone", {"guest": "inv-1"}))
+    events = told("a" * 32, AGENT, nodes={"n1": node})["events"]
+    assert [(event["at_ms"], event["event"]) for event in events[1:3]] == [
+        (1.0, "invocation.placed"),
+        (1.0, "slot.taken"),
+    ]
+    assert events[-1]["at_ms"] == 41.0
+
+
 def test_the_nodes_of_a_story_are_those_where_it_was_placed():
     """Each once, also if it was placed there twice."""
     placed = [(at, "invocation.placed", {"node": node}) for at, node in enumerate(("b", "a", "b"))]

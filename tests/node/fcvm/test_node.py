@@ -21,7 +21,7 @@ import pytest
 
 from node.fcvm.rig import Double, MicroVmRig, microvm_rig
 from node.vmm_contract import NOBODY, ask
-from real_parts import needs
+from real_parts import is_full, needs
 from substrate_node.clones import CLOCK_MS_MAX, verify_clones
 from substrate_node.fcvm import outfitted
 from substrate_node.node import LocalNode, NodeIdentity, NodeTimes
@@ -258,7 +258,7 @@ app = App(probe, restored=[lambda identity: told.update(identity=identity)])
 
 
 @pytest.mark.parametrize("jail", ["off", pytest.param("on", marks=needs("root"))])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(20 if is_full() else 2))
 async def test_a_daemon_killed_anywhere_leaves_nothing_that_the_next_does_not_clear(
     seed: int, jail: str, tmp_path: Path
 ):

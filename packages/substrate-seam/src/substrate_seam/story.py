@@ -37,11 +37,14 @@ def told(
     """The whole story, ready for JSON: the sum of it, and every event with `at_ms` since the first.
 
     `nodes` are the stories of nodes in other processes; their events say `on` which node they happened. Each was told
-    at the time of `own.now_ns`, so that clocks which differ do not matter. `silent` says why a node told nothing.
+    at the time of `own.now_ns`, so that clocks which differ do not matter; as that time is a guess, no node begins
+    before the call was placed on it. `silent` says why a node told nothing.
     """
     happened = [(each.at_ns, each.event) for each in own.events]
     for node_id, story in (nodes or {}).items():
         behind_ns = own.now_ns - story.now_ns
+        if story.events:
+            behind_ns = max(behind_ns, _placed_ns(own, node_id) - story.events[0].at_ns)
         happened += [(each.at_ns + behind_ns, {"on": node_id, **each.event}) for each in story.events]
     happened.sort(key=lambda pair: pair[0])
     began_ns = happened[0][0]
@@ -53,6 +56,18 @@ def told(
         "events": events,
         **({"silent": dict(silent)} if silent else {}),
     }
+
+
+def _placed_ns(own: Story, node_id: str) -> int:
+    """When the call was placed there, or 0 where nothing is told of that."""
+    return next(
+        (
+            each.at_ns
+            for each in own.events
+            if each.event["event"] == "invocation.placed" and each.event["node"] == node_id
+        ),
+        0,
+    )
 
 
 _SUMMED = {
