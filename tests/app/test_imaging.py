@@ -504,8 +504,7 @@ def test_our_init_is_laid_in_unless_another_is_named(image, state, tmp_path, cap
     assert not laid[0].exists()
 
 
-@needs("debugfs")
-@pytest.mark.skipif(HERE != "amd64", reason="our init is built for x86-64 only")
+@needs("debugfs", "x86-64-glibc")
 def test_by_default_an_image_gets_the_init_of_our_guests(image, state, tmp_path, capsys):
     assert run([str(write_layout(tmp_path / "layout", image))], lay_init=guest_tree) == 0
     rootfs = capsys.readouterr().out.strip()

@@ -249,10 +249,9 @@ async def test_explain_says_who_ended_the_guest_and_why(running, what, words):
     assert end == f"end    {words}"
 
 
-async def test_a_node_that_is_gone_is_named_and_the_rest_is_told(start, kind):
+@pytest.mark.parametrize("kind", ["split"])  # one process is gone as a whole
+async def test_a_node_that_is_gone_is_named_and_the_rest_is_told(start):
     """An agent tells what it knows itself."""
-    if kind == "single":
-        pytest.skip("one process is gone as a whole")
     async with start() as running:
         reply = await running.invoke("echo")
         running.node.signal(signal.SIGKILL)
