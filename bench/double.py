@@ -29,7 +29,11 @@ class SameGuest:
     def sample(self) -> Sample:
         return Sample(None, None)
 
-    async def kill(self) -> None:
+    @property
+    def gone(self) -> asyncio.Future[Exit]:
+        return self.exited
+
+    def kill(self) -> None:
         if not self.exited.done():
             self.exited.set_result(Exit("killed by SIGKILL"))
 

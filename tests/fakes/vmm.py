@@ -50,8 +50,9 @@ class At(StrEnum):
 class Fault(Struct, frozen=True, kw_only=True):
     """What happens at a place, in this order: wait `delay_s` seconds, `say` some bytes, `die`, `hang`, `close`, `fail`.
 
-    To fail is a `VmmError` of a verb, an `OSError` of a dial, a 503 of a control request, a reset connection
-    elsewhere (what was said may be lost with it); to close is to hang up in good order, at any stage of an exchange.
+    To fail is a `VmmError` of a verb (at once of a kill, which never waits), an `OSError` of a dial, a 503 of a control
+    request, a reset connection elsewhere (what was said may be lost with it); to close is to hang up in good order, at
+    any stage of an exchange.
     Only a guest can die, say something or close.
     """
 
@@ -287,6 +288,7 @@ class FakeGuest:
         self._inbound = inbound
         self._ready_at_s = 0.0
         self._listeners: list[Listener] = []
+        self._killings: list[asyncio.TimerHandle] = []
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order, which a set would not keep
         self._writers: dict[asyncio.StreamWriter, None] = {}
 
@@ -304,6 +306,8 @@ class FakeGuest:
         if self.exited.done():
             return
         self.exited.set_result(Exit(words, console))
+        for killing in self._killings:
+            killing.cancel()
         for listener in self._listeners:
             listener.close()
         for writer in self._writers:
@@ -330,11 +334,21 @@ class FakeGuest:
         """Some plausible numbers."""
         return Sample(cpu_ms=1.0, peak_mib=16.0)
 
-    async def kill(self) -> None:
-        """End the guest, or fail to."""
-        await self._vmm._suffer(At.KILL, self.workload.name)
-        await asyncio.sleep(self._vmm.latencies.kill_s)
-        self.die("killed by SIGKILL")
+    @property
+    def gone(self) -> asyncio.Future[Exit]:
+        """Nothing of it outlives its end."""
+        return self.exited
+
+    def kill(self) -> None:
+        """End the guest a little later, or fail to at once."""
+        fault = self.draw(At.KILL) or Fault()
+        if fault.fail is not None:
+            raise VmmError(f"{At.KILL}: {fault.fail}")
+        if fault.die:
+            self.die()
+        if not self.exited.done() and not fault.hang:
+            delay_s = fault.delay_s + self._vmm.latencies.kill_s
+            self._killings.append(asyncio.get_running_loop().call_later(delay_s, self.die, "killed by SIGKILL"))
 
     # What the guest does.
 

@@ -13,7 +13,7 @@ from fakes.vmm import At, FakeVmm, Faults
 from node.vmm_contract import NOBODY, Answer, ask
 from simulation import virtual_time
 from simulation.network import Network
-from substrate_node.vmm import CONTROL_PORT, DATA_PORT, Base, VmmError
+from substrate_node.vmm import CONTROL_PORT, DATA_PORT, Base, Guest, VmmError
 from substrate_seam.workload import Workload, WorkloadSpec
 
 WORKLOAD = Workload.of(WorkloadSpec(name="echo", command=("echo",)))
@@ -61,11 +61,21 @@ def test_a_hanging_exchange_ends_with_its_guest(at: At):
         await vmm.faults.reached(at)
         await asyncio.sleep(3600)
         assert not answer.lost.done()
-        await guest.kill()
+        guest.kill()
         await answer.lost
         await vmm.discard("g1")
 
     simulated(story)
+
+
+def killing(guest: Guest) -> Callable[[], Awaitable[None]]:
+    """Kill a guest and wait until it is gone, as the other verbs wait."""
+
+    async def kill() -> None:
+        guest.kill()
+        await asyncio.wait({guest.gone})
+
+    return kill
 
 
 @pytest.mark.parametrize("at", [At.BOOT, At.RESTORE, At.CAPTURE, At.ADOPT, At.KILL, At.DISCARD, At.DISCARD_BASE])
@@ -80,7 +90,7 @@ def test_a_verb_fails_as_often_as_it_is_told_to(at: At):
             At.RESTORE: lambda: vmm.restore(WORKLOAD, vmm.bases["b0"], "g2", NOBODY),
             At.CAPTURE: lambda: vmm.capture(WORKLOAD, guest, "b1"),
             At.ADOPT: lambda: vmm.adopt(WORKLOAD),
-            At.KILL: guest.kill,
+            At.KILL: killing(guest),
             At.DISCARD: lambda: vmm.discard("g1"),
             At.DISCARD_BASE: lambda: vmm.discard_base(vmm.bases["b0"]),
         }

@@ -103,9 +103,11 @@ async def killing_is_told_and_final(rig: Rig) -> None:
     """`exited` says how it ended, a second kill succeeds, and nobody can connect any more."""
     guest = await rig.vmm.boot(rig.workload, "g1", NOBODY)
     assert not guest.exited.done()
-    await guest.kill()
+    guest.kill()
+    async with asyncio.timeout(WITHIN_S):
+        await asyncio.wait({guest.gone})
     assert guest.exited.result().words == "killed by SIGKILL"
-    await guest.kill()
+    guest.kill()
     with pytest.raises(OSError):  # noqa: PT011  # which one depends on the host
         await guest.dial(lambda: Answer(DATA_PORT, "/"))
     await rig.vmm.discard("g1")
@@ -125,7 +127,7 @@ async def killing_cuts_an_exchange_short(rig: Rig) -> None:
     """The connection to a guest does not outlive it."""
     guest = await rig.vmm.boot(rig.workload, "g1", NOBODY)
     answer = await guest.dial(lambda: Answer(DATA_PORT, "/hang"))
-    await guest.kill()
+    guest.kill()
     async with asyncio.timeout(WITHIN_S):
         await answer.lost
     await rig.vmm.discard("g1")
@@ -176,7 +178,8 @@ async def a_sample_never_waits(rig: Rig) -> None:
         sample = guest.sample()
         assert sample.cpu_ms is None or sample.cpu_ms >= 0
         assert sample.peak_mib is None or sample.peak_mib > 0
-        await guest.kill()
+        guest.kill()
+        await asyncio.wait({guest.gone})
     await rig.vmm.discard("g1")
 
 

@@ -244,7 +244,8 @@ async def test_the_console_comes_last_unless_firecracker_itself_failed(ends: str
         log.write("routine\n")
     assert guest.console
     if ends == "killed":
-        await guest.kill()
+        guest.kill()
+        await asyncio.wait({guest.gone})
     else:
         with pytest.raises(VmmError):
             await rig.vmm.capture(rig.workload, guest, "b1")
@@ -334,7 +335,8 @@ async def test_sockets_that_something_left_are_no_obstacle(rig: MicroVmRig):
     assert "File exists" in await refused(rig.vmm.boot(rig.workload, "g1", NOBODY))
     shutil.rmtree(stale)
     guest = await rig.vmm.boot(rig.workload, "g1", NOBODY)
-    await guest.kill()
+    guest.kill()
+    await asyncio.wait({guest.gone})
     assert (rig.run / "g1" / "v.sock").is_socket(), "Firecracker leaves its sockets behind"
     await rig.vmm.discard("g1")
     await boots_again(rig)

@@ -534,7 +534,7 @@ class Claim:
         if guest is None:
             await reaper.insist(discard, what=what)
         else:
-            await reaper.insist(guest.kill, what=f"kill {guest_id}")
+            await reaper.insist(partial(_killed, guest), what=f"kill {guest_id}")
             reaper.spawn(reaper.insist(discard, what=what), what=what)
 
     def _end_call(self) -> None:
@@ -665,6 +665,11 @@ def _for_guest(invocation: Invocation, request: GuestRequest) -> Headers:
 
 def _guest_ms(exchange: Exchange, now_s: float) -> float:
     return ((exchange.ended_s or now_s) - exchange.started_s) * 1e3 if exchange.written else 0.0
+
+
+async def _killed(guest: Guest) -> None:
+    guest.kill()
+    await asyncio.wait({guest.gone})
 
 
 def _resolve(granted: asyncio.Future[None]) -> None:

@@ -89,6 +89,11 @@ class Guest(Protocol):
         """Done as soon as the guest has ended, however it did. Never cancelled by its owner."""
         ...
 
+    @property
+    def gone(self) -> asyncio.Future[Exit] | asyncio.Future[None]:
+        """Done when no process of it is left either, which may be a moment later. Never cancelled by its owner."""
+        ...
+
     async def dial(self, protocol: Callable[[], P]) -> P:
         """Connect to the guest's hybrid vsock socket; the protocol then writes `CONNECT <port>` itself.
 
@@ -105,8 +110,8 @@ class Guest(Protocol):
         """Read what the guest has used, without waiting; best effort."""
         ...
 
-    async def kill(self) -> None:
-        """End the guest and reap it; returns when no process of it is left. Killing a dead guest succeeds."""
+    def kill(self) -> None:
+        """End a running guest, without waiting: `gone` tells when that is done. Killing a dead guest succeeds."""
         ...
 
 

@@ -123,14 +123,19 @@ class MicroVm:
         """What it really costs in memory now (see `usage.share_mib`)."""
         return None if self.exited.done() else share_mib(self._family.pid)
 
-    async def kill(self) -> None:
+    @property
+    def gone(self) -> asyncio.Future[None]:
+        """See `Guest.gone`."""
+        return self._family.gone
+
+    def kill(self) -> None:
         """See `Guest.kill`."""
         self._family.kill()
-        await asyncio.wait({self._family.gone})
 
     async def destroy(self) -> None:
         """Kill it and leave nothing of it; may be cancelled and begun again."""
-        await self.kill()
+        self.kill()
+        await asyncio.wait({self.gone})
         await off_loop(self._cell.remove)
 
     def _epitaph(self) -> str:

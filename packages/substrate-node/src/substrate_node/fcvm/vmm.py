@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -132,7 +133,8 @@ class FirecrackerVmm:
         try:
             draft = await off_loop(self._draft, inputs.key, base_id, spec.memory_mib)
             await machine.ask(Pause(), CreateSnapshot(snapshot_path=STATE, mem_file_path=MEMORY))
-            await machine.kill()  # resumed, it would go on with the memory of its clones
+            machine.kill()  # resumed, it would go on with the memory of its clones
+            await asyncio.wait({machine.gone})
             describe = partial(self._manifest, spec, inputs, base_id)
             _check_snapshot(machine.root, spec.memory_mib)
             directory = await off_loop(self._publish, machine.root, draft, describe)

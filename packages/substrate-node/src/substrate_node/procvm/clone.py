@@ -96,22 +96,27 @@ class Clone:
             return Sample(None, None)
         return sampled(self.pid, first_is_ours=False)
 
-    async def kill(self) -> None:
+    @property
+    def gone(self) -> asyncio.Future[Exit]:
+        """See `Guest.gone`: its end is told when all its processes have ended."""
+        return self.exited
+
+    def kill(self) -> None:
         """See `Guest.kill`."""
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def destroy(self) -> None:
+        """Kill it and leave nothing of it; may be cancelled and begun again."""
         if self._answer is not None and not self._answer.done():
             await asyncio.wait({self._answer}, timeout=_ANSWERS_WITHIN_S)
             if not self._answer.done():
                 self._origin.wire.close()  # and the zygote is lost, with what it did not tell of
-        if self._pidfd >= 0:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        elif self._status is None:
+        if self._status is None:
             self._end("it never ran")
+        self.kill()
         await asyncio.wait({self.exited})
-
-    async def destroy(self) -> None:
-        """Kill it and leave nothing of it; may be cancelled and begun again."""
-        await self.kill()
         self._group.remove()
         await self._origin.let_go(self)
 

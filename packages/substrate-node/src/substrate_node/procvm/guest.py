@@ -99,15 +99,20 @@ class ProcessGuest:
         pid = self._launch.pid if self._launch is not None else None
         return Sample(None, None) if pid is None or self.exited.done() else sampled(pid)
 
-    async def kill(self) -> None:
+    @property
+    def gone(self) -> asyncio.Future[Exit] | asyncio.Future[None]:
+        """See `Guest.gone`."""
+        return self._launch.family.gone if self._launch is not None else self.exited
+
+    def kill(self) -> None:
         """See `Guest.kill`."""
         if self._launch is not None:
             self._launch.family.kill()
-            await asyncio.wait({self._launch.family.gone})
 
     async def destroy(self) -> None:
         """Kill it and leave nothing of it; may be cancelled and begun again."""
-        await self.kill()
+        self.kill()
+        await asyncio.wait({self.gone})
         if self._launch is not None:
             self._launch.group.remove()
         await off_loop(self._directory.remove)  # a disk takes its time to remove a directory
