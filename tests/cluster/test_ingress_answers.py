@@ -250,6 +250,28 @@ async def test_a_caller_learns_how_its_guest_was_claimed():
     assert answer["x-fc-peak-rss-mib"] is None
 
 
+@pytest.mark.parametrize(
+    "error", [GuestFailed("broke off"), GuestTimeout("too slow"), GuestUnavailable(Reason.DRAINING, "it stops")]
+)
+async def test_a_caller_learns_how_its_guest_was_claimed_also_from_an_error(error):
+    error.started = STARTED
+    with Bench(Act(before=(error,))) as bench:
+        answer = await call(bench.app, "/invoke/thumb")
+    assert answer["fc-error"] == error.reason
+    assert (answer["fc-start"], answer["fc-node"], answer["fc-isolation"]) == ("pool", "node-1", "microvm")
+    assert answer["server-timing"] == "queue;dur=12.4, claim;dur=3.0, ready;dur=0.5"
+    assert answer["x-fc-queue-wait-ms"] == "12"
+    assert (bench.ended.start, bench.ended.node) == ("pool", "node-1")
+
+
+async def test_a_call_that_never_had_a_guest_is_not_told_of_one():
+    with Bench(Act(before=(GuestUnavailable(Reason.CAPACITY, "full"),))) as bench:
+        answer = await call(bench.app, "/invoke/thumb")
+    fields = ("fc-start", "fc-node", "fc-isolation", "server-timing", "x-fc-queue-wait-ms")
+    assert [answer[name] for name in fields] == [None] * len(fields)
+    assert (bench.ended.start, bench.ended.node) == (None, None)
+
+
 async def test_what_a_small_reply_used_is_in_its_head():
     started = structs.replace(STARTED, cpu_ms=7.6, peak_mib=31.2)
     with Bench(Act(started=started)) as bench:

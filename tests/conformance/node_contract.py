@@ -481,6 +481,27 @@ async def a_guest_that_dies_is_told_with_its_last_words(bench: Bench) -> None:
 
 
 @promise_for(
+    ("/?die=exit+status+3", Reason.GUEST_FAILED),
+    ("/?hang=1", Reason.GUEST_TIMEOUT),
+    ("/out-of-reach", Reason.BOOT_FAILED),
+)
+async def an_error_tells_of_the_guest_that_was_claimed(bench: Bench, target: str, reason: Reason) -> None:
+    """As its reply would have, whether it ran or not; who never had a guest is told of none."""
+    work = await known(bench)
+    if reason is Reason.BOOT_FAILED:  # it was ready, could not be reached, and no other can be started
+        plan(bench, At.DIAL, fail="gone")
+    error = await bench.refusal(work, target, run_within_s=3.0)
+    assert error.reason is reason
+    assert error.started is not None
+    assert (error.started.start, error.started.node) == (Start.COLD, NODE_ID)
+    assert error.started.isolation is bench.isolation
+    assert error.started.guest
+    assert error.started.claim_ms >= error.started.ready_ms >= 0
+    refused = await bench.refusal(work, demands=Demands(start=Start.POOL))
+    assert (refused.reason, refused.started) == (Reason.INCOMPATIBLE, None)
+
+
+@promise_for(
     b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
     b"HTTP/1.1 999 Nonsense\r\ncontent-length: 0\r\n\r\n",
     b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",

@@ -97,6 +97,8 @@ async def test_a_large_reply_arrives_whole(running):
     assert len(reply.content) == 20_000_000
 
 
+OF_THE_GUEST = ("fc-start", "fc-node", "fc-isolation", "server-timing", "x-fc-queue-wait-ms")
+
 FAILURES = [
     ("/invoke/nobody", {}, 404, "unknown-workload", "no"),
     ("/elsewhere", {}, 404, "not-found", "no"),
@@ -119,7 +121,21 @@ async def test_each_failure_is_told_as_documented(running):
         assert [reply.status_code, reply.headers["fc-error"], reply.headers["fc-ran"]] == documented, path
         invocation_id = reply.headers["fc-invocation-id"]
         assert f"fc-invoke explain {invocation_id}" in reply.text
+        had_guest = reply.headers["fc-ran"] == "maybe"
+        assert [name in reply.headers for name in OF_THE_GUEST] == [had_guest] * len(OF_THE_GUEST), path
         assert ((invocation_id, 1) in running.journal()) == (reply.headers["fc-ran"] == "maybe"), path
+
+
+@pytest.mark.parametrize(("what", "status"), [("sleep", 504), ("die-before", 502)])
+async def test_a_call_that_failed_is_told_of_its_guest_as_its_reply_would_have(running, what, status):
+    """How it was started, where, how well it was kept apart, and where the time went."""
+    reply = await running.invoke(f"flows?{what}")
+    assert reply.status_code == status
+    assert [reply.headers[name] for name in OF_THE_GUEST[:3]] == ["cold", "node-1", "process"]
+    assert "ready;dur=" in reply.headers["server-timing"]
+    await until(lambda: running.front.seen("invocation.ended"))
+    (ended,) = running.front.seen("invocation.ended")
+    assert (ended["start"], ended["node"]) == ("cold", "node-1")
 
 
 async def test_a_guest_that_dies_at_its_start_tells_why(running):

@@ -218,6 +218,16 @@ def test_an_error_arrives_as_it_was_told(error):
         assert vars(heard) == vars(error)
 
 
+@given(STARTED)
+def test_an_error_tells_of_the_guest_that_was_claimed(started):
+    """In an end frame and before the commit, whatever kind of error it is; an older node says nothing of it."""
+    for told in (GuestFailed("why"), GuestTimeout("why"), GuestUnavailable(Reason.DRAINING, "why")):
+        told.started = started
+        for heard in (decode_end(error_frame(told)[5:]), decode_error(encode_error(told)[1])):
+            assert isinstance(heard, type(told))
+            assert heard.started == started
+
+
 @pytest.mark.parametrize("ran", Ran)
 @pytest.mark.parametrize("reason", [*Reason, "of-a-newer-node"])
 def test_whether_it_ran_is_never_heard_as_less_than_was_told(reason, ran):
@@ -225,6 +235,7 @@ def test_whether_it_ran_is_never_heard_as_less_than_was_told(reason, ran):
     body = msgspec.json.encode({"error": {"reason": reason, "ran": ran, "message": "why"}})
     heard = decode_error(body)
     assert heard.ran == ran
+    assert heard.started is None
     final = {Reason.CANCELLED, Reason.BAD_REQUEST, Reason.BODY_TOO_LARGE}
     assert isinstance(heard, GuestUnavailable) == (ran is NO and reason not in final)
 

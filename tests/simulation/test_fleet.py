@@ -185,6 +185,9 @@ PLANTED = {
         "cleaning_fails", "discard|kill|MiB", Reaper, "insist", _tried_once
     ),
     "a drain does not end calls": Plant("drains", "outlived the drain", LocalNode, "_end_calls", lambda _node: None),
+    "an error tells nothing of its guest": Plant(
+        "exchanges_fail", "tells nothing of its guest", Claim, "_mark", lambda _claim, _error: None
+    ),
     "a guest's fields pass for ours": Plant("calm", "internal was told", headers, "_NEVER_OUT_PREFIXES", (b"proxy-",)),
     "a caller's hang-up is not noticed": Plant(
         "rude_callers", "after its caller", HangUpWatch, "fire", lambda _watch: None

@@ -64,6 +64,9 @@ EXCUSES = {
     "dependency-unavailable": {"rude_callers"},
 }
 """Without one of these themes nobody may hear such a thing."""
+OF_THE_GUEST = {"fc-start", "fc-node", "fc-isolation", "server-timing", "x-fc-queue-wait-ms"}
+NODE_UNHEARD = (b"was lost while it ran", b"nor said why", b"was delivered here before")
+"""Words of errors that had to be told without what the node knows."""
 ENDING_S = 0.5
 """Longer than it may take to end a guest that is to be ended."""
 LEAVING_S = 1.0
@@ -204,6 +207,7 @@ class Audit:
             yield f"{reason} does not say when to try again"
         if not call.whole and not call.left:
             yield f"its error broke off: {call.broken}"
+        yield from self._lies_about_its_guest(call, ran)
         own_fault = reason == "guest-failed" and wish_of(call.guest_target).die
         if EXCUSES.get(reason, self.themes).isdisjoint(self.themes) and not own_fault:
             yield f"it heard {reason}, for which there is no reason: {call.answer.decode()}"
@@ -216,6 +220,16 @@ class Audit:
         if inside != [reason] and not call.left:
             yield f"it heard {reason}, and the events say {inside}"
 
+    def _lies_about_its_guest(self, call: Call, ran: int) -> Iterator[str]:
+        """Whoever ran something and could say so has told by which guest."""
+        told, unheard = OF_THE_GUEST & call.headers.keys(), any(words in call.answer for words in NODE_UNHEARD)
+        if told and told != OF_THE_GUEST:
+            yield f"its error tells only {sorted(told)} of its guest"
+        if ran and not told and not unheard:
+            yield f"it ran, and its error tells nothing of its guest: {call.answer.decode()}"
+        if ran and told and call.headers["fc-node"] != self.entries[call.invocation][0].node:
+            yield f"it ran on {self.entries[call.invocation][0].node}, and was told {call.headers['fc-node']}"
+
     def _lies_in_answer(self, call: Call, ran: int, told: InvocationEnded | None) -> Iterator[str]:
         if ran != 1:
             yield f"a guest answered, and it ran {ran} times"
@@ -225,7 +239,7 @@ class Audit:
             yield f"it got the answer to {call.headers}"
         if call.status != call.meant_status:
             yield f"the guest said {call.meant_status}, the caller heard {call.status}"
-        if not {"fc-start", "fc-node", "fc-isolation", "server-timing", "x-fc-queue-wait-ms"} <= call.headers.keys():
+        if not call.headers.keys() >= OF_THE_GUEST:
             yield f"the head of the answer lacks something: {call.headers}"
         elif call.headers["fc-node"] != self.entries[call.invocation][0].node:
             yield f"it ran on {self.entries[call.invocation][0].node}, and was told {call.headers['fc-node']}"

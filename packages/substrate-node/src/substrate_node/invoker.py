@@ -130,7 +130,8 @@ class Claim:
             self._line_up()
             # With a slot and a guest that stands ready there is nothing to wait for, and no deadline to set.
             await (self._claim() if self._stands_ready() else self._within_start(self._claim))
-        except BaseException:
+        except BaseException as error:
+            self._mark(error)
             await self.give_back()
             raise
         return self
@@ -145,6 +146,13 @@ class Claim:
         Raises `GuestUnavailable` or `InvocationCancelled` if the request was never written, otherwise `GuestFailed`
         or `GuestTimeout`; the same two while the body is read.
         """
+        try:
+            return await self._opened(request)
+        except SubstrateError as error:
+            self._mark(error)
+            raise
+
+    async def _opened(self, request: GuestRequest) -> Reply:
         exchange = await self._send(request)
         try:
             await exchange.head()
@@ -166,6 +174,11 @@ class Claim:
             self._end_call()
             return
         await self._shop.reaper.join(self._begin_return())
+
+    def _mark(self, error: BaseException) -> None:
+        """Have an error say what guest there was, as the reply does that now won't come."""
+        if isinstance(error, SubstrateError):
+            error.started = self._started
 
     # Claiming.
 

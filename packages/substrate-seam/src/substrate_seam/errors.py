@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from substrate_seam.invocation import Started
 
 
 class Ran(StrEnum):
@@ -64,7 +68,8 @@ class SubstrateError(Exception):
     """Something went wrong that a caller must hear of.
 
     `reason` names it, `ran` says whether the workload may have acted, `hint` what to do next, `retry_after_s`
-    (seconds, or None) when trying again makes sense.
+    (seconds, or None) when trying again makes sense. `started` is how the last guest was claimed that was to serve the
+    call; None if there was none, or if its reply has told it.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class SubstrateError(Exception):
         self.ran = ran
         self.hint = hint
         self.retry_after_s = retry_after_s
+        self.started: Started | None = None
 
 
 class GuestUnavailable(SubstrateError):

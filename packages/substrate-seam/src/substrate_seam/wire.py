@@ -125,6 +125,7 @@ class _Fault(Struct, frozen=True, kw_only=True, omit_defaults=True):
     message: str
     hint: str = ""
     retry_after_s: float | None = None
+    started: Started | None = None
 
 
 class _Faulty(Struct, frozen=True):
@@ -231,7 +232,12 @@ def decode_error(body: bytes) -> SubstrateError:
 def _fault(error: SubstrateError) -> _Fault:
     message = error.message.encode("utf-8", "replace").decode()  # it may quote what a guest said
     return _Fault(
-        reason=error.reason, ran=error.ran, message=message, hint=error.hint, retry_after_s=error.retry_after_s
+        reason=error.reason,
+        ran=error.ran,
+        message=message,
+        hint=error.hint,
+        retry_after_s=error.retry_after_s,
+        started=error.started,
     )
 
 
@@ -244,6 +250,12 @@ _NO_NODE_WOULD_TAKE_IT: Final = frozenset({Reason.BAD_REQUEST, Reason.BODY_TOO_L
 
 
 def _raised(fault: _Fault) -> SubstrateError:
+    error = _named(fault)
+    error.started = fault.started
+    return error
+
+
+def _named(fault: _Fault) -> SubstrateError:
     """The exception of a fault. What a newer peer calls by a name we don't know keeps its `ran`."""
     if fault.ran is not Ran.NO:
         return _MAY_HAVE_RUN.get(fault.reason, GuestFailed)(fault.message, hint=fault.hint)

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from substrate_cluster.admission import Hold
 from substrate_cluster.ingress.errors import Fields, answer_to, refused, told_reason
-from substrate_cluster.ingress.headers import wants_json
+from substrate_cluster.ingress.headers import started_fields, wants_json
 from substrate_seam.errors import InternalError, Reason, SubstrateError
 from substrate_seam.events import CallRefused, DefectFound, Emit
 
@@ -93,7 +93,8 @@ class Exchange:
         if self.complete:
             return
         if not self.status:
-            await self.answer(*answer_to(error, self.id, as_json=wants_json(self.scope["headers"])))
+            status, fields, body = answer_to(error, self.id, as_json=wants_json(self.scope["headers"]))
+            await self.answer(status, fields + (started_fields(error.started) if error.started else []), body)
         elif ABORT in self.scope.get("extensions", {}):
             self.complete = True
             await self._send({"type": ABORT})

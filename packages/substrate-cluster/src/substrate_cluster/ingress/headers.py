@@ -103,7 +103,7 @@ def _named_by(connection: Iterable[bytes]) -> frozenset[bytes]:
 
 
 def started_fields(started: Started) -> Fields:
-    """What a caller learns of how the guest was claimed."""
+    """What a caller learns of how the guest was claimed, with a reply and with an error in its stead."""
     fields = [
         (b"fc-start", started.start.encode()),
         (b"fc-node", started.node.encode()),

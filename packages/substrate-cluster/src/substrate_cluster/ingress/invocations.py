@@ -258,6 +258,8 @@ class _Ending:
 
     def told(self, exchange: Exchange, invocation: Invocation) -> InvocationEnded:
         error, started = self.error, self.started
+        if started is None and error is not None:
+            started = error.started
         cut_short = error is None and not self.client_left and not exchange.complete
         reason = Reason.INTERNAL if cut_short else None if error is None else told_reason(error.reason)
         return InvocationEnded(
