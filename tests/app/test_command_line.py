@@ -111,6 +111,12 @@ def test_help_and_version_answer_without_any_setting(module, tmp_path):
     assert "0.1.0" in run(module, "--version", cwd=tmp_path).stdout
 
 
+def test_a_daemon_starts_without_what_only_other_commands_need(tmp_path):
+    """What it loads it keeps: time of each start, and memory for as long as it runs."""
+    look = "import sys, fc_invoke.main, fc_invoke.serving\nfc_invoke.main.parser()\nassert 'httpx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", look], cwd=tmp_path, timeout=60, check=True)
+
+
 @pytest.mark.parametrize("command", [["invoke", "echo"], ["explain", "0" * 32], ["audit", "--calls=1"]])
 def test_a_daemon_that_cannot_be_reached_is_told_with_its_address(command, tmp_path):
     """Status 1 and one line."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -20,8 +19,9 @@ from hypothesis import strategies as st
 
 from fakes.images import FakeImage, digest_of, file, folder, gzipped, index_of, layer, write_layout
 from fakes.registry import FakeRegistry, serving
+from fc_invoke import imaging, main
 from fc_invoke.credentials import Login, LoginUnusable, login_for
-from fc_invoke.imaging import ImageRequest, ProgressLine, add_image_command, build
+from fc_invoke.imaging import ImageRequest, ProgressLine, build
 from fc_invoke.registry import Reference, RegistryUnavailable, pulled
 from real_parts import needs
 from substrate_guest.tree import NoTree, guest_tree
@@ -445,10 +445,8 @@ def nothing(_: Path) -> None:
 
 def run(arguments: Sequence[str], *, lay_init=nothing) -> int:
     """The command as `main` runs it, but for our init, which takes its time."""
-    parser = argparse.ArgumentParser()
-    add_image_command(parser.add_subparsers(required=True), lay_init=lay_init)
-    chosen = parser.parse_args(["image", "build", *arguments])
-    return chosen.run(chosen)
+    chosen = main.parser().parse_args(["image", "build", *arguments])
+    return imaging.run(chosen, os.environ, lay_init=lay_init)
 
 
 @pytest.fixture

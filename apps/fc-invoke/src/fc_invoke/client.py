@@ -11,10 +11,6 @@ from urllib.parse import quote
 import httpx
 from msgspec import Struct
 
-DEFAULT_URL = "http://127.0.0.1:8080"
-DEFAULT_ADMIN_URL = "http://127.0.0.1:8081"
-
-
 _PHASES = ("queue_ms", "claim_ms", "ready_ms", "guest_ms", "total_ms")
 _USED = (("cpu_ms", "CPU", "ms"), ("peak_mib", "peak", "MiB"))
 

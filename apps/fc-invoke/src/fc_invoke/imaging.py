@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-import re
 import sys
 import tempfile
 import time
@@ -22,7 +20,6 @@ from substrate_guest.tree import NoTree, guest_tree
 from substrate_node.images import ARCHITECTURES, Built, Image, ImageStore, ImageUnusable, Limits, Progress, opened
 from substrate_node.state import default_state_root
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _REFRESH_S = 0.1
 
 Report = Callable[[Progress], None]
@@ -83,27 +80,8 @@ def _found(request: ImageRequest, pulls: Path, report: Report) -> AbstractContex
     )
 
 
-def add_image_command(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, lay_init: LayInit = guest_tree
-) -> None:
-    """Add `image build` to a command line. `lay_init` provides our init, unless the caller names another."""
-    image = verbs.add_parser("image", help="make root file systems for microVMs of container images")
-    actions = image.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    made = actions.add_parser("build", help="build the root file system of one image, unless it is there")
-    made.add_argument(
-        "image", metavar="REF|PATH", help="a registry's image, an OCI layout, or an archive of either kind"
-    )
-    made.add_argument("--name", help="which of several images at PATH")
-    made.add_argument("--init", type=Path, metavar="DIR", help="what to add below /.substrate (default: our init)")
-    made.add_argument("--size", type=_size, metavar="SIZE", help="as 512M or 4G (default: as large as it must be)")
-    made.add_argument("--limit", type=_size, metavar="SIZE", help="the most that all layers may unpack to (32G)")
-    made.add_argument("--state-root", type=Path, help="default: FC_INVOKE_STATE_ROOT, or the daemon's own default")
-    made.add_argument("--plain-http", action="store_true", help="ask the registry without TLS")
-    made.add_argument("--quiet", action="store_true", help="no progress, even on a terminal")
-    made.set_defaults(run=lambda chosen: _run(chosen, lay_init, os.environ))
-
-
-def _run(chosen: argparse.Namespace, lay_init: LayInit, environ: Mapping[str, str]) -> int:
+def run(chosen: argparse.Namespace, environ: Mapping[str, str], *, lay_init: LayInit = guest_tree) -> int:
+    """Do what the command line says; the exit status. `lay_init` provides our init, unless the caller names another."""
     began_s = time.monotonic()
     with ExitStack() as stack:
         try:
@@ -198,11 +176,3 @@ def _shown(size_bytes: int) -> str:
         if size_bytes >= scale:
             return f"{size_bytes / scale:.1f} {unit}"
     return f"{size_bytes} B"
-
-
-def _size(text: str) -> int:
-    """A size as people write it: a number, and K, M, G or T for powers of 1024."""
-    found = re.fullmatch(r"([1-9]\d{0,14})([KMGT]?)(?:i?B)?", text, re.ASCII)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"found {text!r}; accepted are sizes such as 512M and 4G")
-    return int(found[1]) * _UNITS[found[2]]

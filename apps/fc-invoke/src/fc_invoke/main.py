@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_ADMIN_URL = "http://127.0.0.1:8081"
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says; exits with 0 when it went well, 1 when it did not, 2 when it made no sense."""
     try:
-        chosen = _parser().parse_args(_with_default(sys.argv[1:] if arguments is None else list(arguments)))
+        chosen = parser().parse_args(_with_default(sys.argv[1:] if arguments is None else list(arguments)))
         status = chosen.run(chosen)
     except KeyboardInterrupt:
         status = 130
@@ -30,15 +35,14 @@ def _with_default(arguments: list[str]) -> list[str]:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """What the command line may say. It loads none of what the commands need: a daemon keeps what it loads."""
+    line = argparse.ArgumentParser(
         prog="fc-invoke",
         description="Runs each request in a guest of its own. Settings are environment variables: see README.md.",
     )
-    parser.add_argument("--version", action="version", version=f"fc-invoke {version('fc-invoke')}")
-    from fc_invoke.imaging import add_image_command
-
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    line.add_argument("--version", action="version", version=f"fc-invoke {version('fc-invoke')}")
+    verbs = line.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     serve = verbs.add_parser("serve", help="serve workloads (the default); built-in ones if no table is configured")
     serve.add_argument("--workers", type=int, default=1, help="must be 1: there is one node, and it has one queue")
@@ -104,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=_verify_clones)
 
-    add_image_command(verbs)
-    return parser
+    _add_image(verbs)
+    return line
 
 
 def _several(text: str) -> int:
@@ -131,17 +135,38 @@ def _add_dev(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     dev.set_defaults(run=_dev)
 
 
-def _add_addresses(verb: argparse.ArgumentParser) -> None:
-    from fc_invoke.client import DEFAULT_URL
+def _add_image(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    image = verbs.add_parser("image", help="make root file systems for microVMs of container images")
+    actions = image.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    made = actions.add_parser("build", help="build the root file system of one image, unless it is there")
+    made.add_argument(
+        "image", metavar="REF|PATH", help="a registry's image, an OCI layout, or an archive of either kind"
+    )
+    made.add_argument("--name", help="which of several images at PATH")
+    made.add_argument("--init", type=Path, metavar="DIR", help="what to add below /.substrate (default: our init)")
+    made.add_argument("--size", type=_size, metavar="SIZE", help="as 512M or 4G (default: as large as it must be)")
+    made.add_argument("--limit", type=_size, metavar="SIZE", help="the most that all layers may unpack to (32G)")
+    made.add_argument("--state-root", type=Path, help="default: FC_INVOKE_STATE_ROOT, or the daemon's own default")
+    made.add_argument("--plain-http", action="store_true", help="ask the registry without TLS")
+    made.add_argument("--quiet", action="store_true", help="no progress, even on a terminal")
+    made.set_defaults(run=_image)
 
+
+def _size(text: str) -> int:
+    """A size as people write it: a number, and K, M, G or T for powers of 1024."""
+    found = re.fullmatch(r"([1-9]\d{0,14})([KMGT]?)(?:i?B)?", text, re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted are sizes such as 512M and 4G")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def _add_addresses(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--url", default=DEFAULT_URL, help="the public listener (default: %(default)s)")
     verb.add_argument("--token-file", help="a file that holds the caller's token")
     _add_admin(verb)
 
 
 def _add_admin(verb: argparse.ArgumentParser, *short: str) -> None:
-    from fc_invoke.client import DEFAULT_ADMIN_URL
-
     verb.add_argument(
         "--admin-url",
         *short,
@@ -247,6 +272,12 @@ def _verify_clones(chosen: argparse.Namespace) -> int:
     from fc_invoke import verifying
 
     return verifying.run(chosen.workload, clones=chosen.clones, clock_ms_max=chosen.clock_ms, environment=os.environ)
+
+
+def _image(chosen: argparse.Namespace) -> int:
+    from fc_invoke import imaging
+
+    return imaging.run(chosen, os.environ)
 
 
 if __name__ == "__main__":
