@@ -22,7 +22,7 @@ import pytest
 
 FULL = "full"
 SEEDS_PLAIN, SEEDS_FULL = 300, 10_000
-FUZZ_FACTOR = 10
+FUZZ_FACTOR = 25
 """So many times the examples of a plain run are tried in a full one."""
 _NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000
 """CLONE_NEWUSER, NEWNS, NEWPID, NEWNET, NEWIPC and NEWUTS."""
@@ -154,7 +154,7 @@ def demand(item: pytest.Item, parts: Iterable[str]) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Know the mark; give property tests their budget, and the same examples in every run."""
     config.addinivalue_line("markers", "needs(*parts): the real parts of a machine that the test cannot do without")
-    steady = hypothesis.settings(deadline=None, max_examples=fuzz_examples(100), derandomize=True)
+    steady = hypothesis.settings(deadline=None, max_examples=fuzz_examples(40), derandomize=True)
     hypothesis.settings.register_profile("steady", steady)
     hypothesis.settings.register_profile("explore", steady, derandomize=False, print_blob=True)
     hypothesis.settings.load_profile(config.getoption("--hypothesis-profile", None) or "steady")

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 ASYNCIO = "asyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
 LEAVES_A_DESCRIPTOR = """
 import os
@@ -47,27 +45,18 @@ async def test_it(lasting, helper):
 """
 
 
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        (LEAVES_A_DESCRIPTOR, "left behind: * -> /dev/null"),
-        (LEAVES_A_PROCESS, "left behind: process *"),
-        (LEAVES_A_TASK, "tasks left behind: forgotten"),
-    ],
-    ids=["descriptor", "process", "task"],
-)
-def test_what_outlives_its_test_fails_it(source, said, pytester):
-    result = run(pytester, source)
-    result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines([f"*AssertionError: {said}*"])
+LEFT = {
+    "descriptor": (LEAVES_A_DESCRIPTOR, "left behind: * -> /dev/null"),
+    "process": (LEAVES_A_PROCESS, "left behind: process *"),
+    "task": (LEAVES_A_TASK, "tasks left behind: forgotten"),
+}
 
 
-def test_what_a_fixture_undoes_or_a_session_keeps_is_not_left_behind(pytester):
-    run(pytester, LEAVES_NOTHING).assert_outcomes(passed=1)
-
-
-def run(pytester, source):
-    """Run one test, in a process of its own."""
-    pytester.makepyfile(source)
+def test_what_outlives_its_test_fails_it_and_no_other(pytester):
+    """All tests are run by one process, which shows that what one has left is not held against the next."""
+    pytester.makepyfile(**{f"test_{what}": source for what, (source, _) in LEFT.items()}, test_no_leak=LEAVES_NOTHING)
     pytester.makeini(f"[pytest]\npythonpath = {Path(__file__).parent}\n{ASYNCIO}")
-    return pytester.runpytest_subprocess("-p", "leaks", timeout=60)
+    result = pytester.runpytest_subprocess("-p", "leaks", "-p", "no:xdist", "-p", "no:hypothesispytest", timeout=60)
+    result.assert_outcomes(passed=len(LEFT) + 1, errors=len(LEFT))
+    for what, (_, said) in LEFT.items():
+        result.stdout.fnmatch_lines([f"ERROR test_{what}.py::test_it - *AssertionError: {said}*"])

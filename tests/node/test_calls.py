@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from real_parts import fuzz_examples
 from substrate_node.calls import KEPT_S, Call, Calls
 from substrate_seam.errors import DuplicateInvocation, GuestFailed, InvocationCancelled, Ran, SubstrateError
 
@@ -101,7 +102,7 @@ class Memory(RuleBasedStateMachine):
 
 
 TestMemory = Memory.TestCase
-TestMemory.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestMemory.settings = settings(max_examples=fuzz_examples(20), stateful_step_count=30, deadline=None)
 
 
 class Clock:

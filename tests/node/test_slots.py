@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
+from real_parts import fuzz_examples
 from substrate_node.slots import Slots, Ticket
 from substrate_seam.errors import GuestUnavailable, Reason
 
@@ -176,7 +177,7 @@ class Queueing(RuleBasedStateMachine):
 
 
 TestQueueing = Queueing.TestCase
-TestQueueing.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestQueueing.settings = settings(max_examples=fuzz_examples(25), stateful_step_count=30, deadline=None)
 
 
 class Desk:

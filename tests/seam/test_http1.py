@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from real_parts import fuzz_examples
 from substrate_seam.http1 import HEAD_BYTES_MAX, HEAD_FIELDS_MAX, INTERIM_MAX, BadReply, ReplyReader
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -174,7 +175,7 @@ TOKENS = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=fuzz_examples(80))
 @given(st.lists(st.sampled_from(TOKENS) | st.binary(max_size=4), max_size=14), st.data())
 def test_whatever_arrives_it_is_read_or_refused_and_cuts_make_no_difference(tokens, data):
     """Bytes that nearly are a reply end in a verdict, the same one however they are cut up."""

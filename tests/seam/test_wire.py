@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from real_parts import fuzz_examples
 from substrate_seam.errors import (
     UNAVAILABLE,
     DuplicateInvocation,
@@ -285,7 +286,7 @@ def test_no_bytes_make_no_frame():
     assert data_frames(b"") == []
 
 
-@settings(max_examples=200)
+@settings(max_examples=fuzz_examples(60))
 @given(st.lists(st.binary(min_size=1, max_size=30), max_size=5), st.data())
 def test_however_a_reply_is_cut_up_its_frames_are_the_same(pieces, data):
     frames = [head_frame(AT_ONCE, 200, ()), *(frame for piece in pieces for frame in data_frames(piece))]
@@ -319,7 +320,7 @@ def test_frames_out_of_order_are_refused_however_they_are_cut_up(data):
             frames_of(*parts)
 
 
-@settings(max_examples=300)
+@settings(max_examples=fuzz_examples(80))
 @given(
     st.lists(st.sampled_from([HEAD, DATA, END, b"H", b"D\0\0\0", b"\0"]) | st.binary(max_size=6), max_size=8), st.data()
 )

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
+from real_parts import fuzz_examples
 from service.loopback import answer, refusal
 from service.test_listener_clocks import Caller
 from service.test_listener_exchanges import MALFORMED
@@ -89,7 +90,7 @@ def answers(got: bytes) -> list[int]:
     return [status for status in statuses if status >= 200]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=fuzz_examples(120))
 @given(st.lists(damaged(requests()), min_size=1, max_size=3).map(b"".join), st.lists(st.integers(0, 400), max_size=4))
 @example(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 3, [30])
 def test_every_request_has_one_answer_however_the_bytes_are_cut(data, cuts):
@@ -102,7 +103,7 @@ def test_every_request_has_one_answer_however_the_bytes_are_cut(data, cuts):
     assert (calls, got) == spoken_to(data, [])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=fuzz_examples(50))
 @given(st.binary(min_size=1, max_size=500), st.lists(st.integers(0, 500), max_size=4))
 def test_noise_never_reaches_the_application(data, cuts):
     calls, got = spoken_to(data, cuts)
@@ -135,7 +136,7 @@ def chunked(draw):
     return b"".join([*chunks, b"0\r\n", draw(st.sampled_from([b"", b"T: z\r\n"])), b"\r\n"])
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=fuzz_examples(300))
 @given(damaged(chunked()) | st.sampled_from(list(MALFORMED.values())), st.integers(1, 50))
 def test_what_we_take_for_a_chunked_body_llhttp_takes_for_the_same(data, size):
     reader, body, rest = ChunkedBody(), b"", b""

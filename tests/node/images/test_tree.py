@@ -277,7 +277,6 @@ def surviving_files(members: Sequence[Member]) -> set[str]:
     return {path for path, one in view.items() if one.kind == "file"}
 
 
-@settings(max_examples=fuzz_examples(100))
 @given(st.lists(layers_of_members(), min_size=1, max_size=4))
 def test_random_layers_show_what_an_overlay_of_them_shows(layers):
     view: View = {}
@@ -299,7 +298,7 @@ def test_random_layers_show_what_an_overlay_of_them_shows(layers):
 
 
 @needs("e2fsck", "debugfs")
-@settings(max_examples=fuzz_examples(10))
+@settings(max_examples=fuzz_examples(5))
 @given(st.lists(layers_of_members(), min_size=1, max_size=3))
 def test_random_layers_become_file_systems_without_fault(tmp_path_factory, layers):
     root, contents = merged([layer(*members) for members in layers])
