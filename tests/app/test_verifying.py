@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fc_invoke.main import main
 from real_parts import needs
+from substrate_node import host
 from substrate_node.clones import FACTS, ClonesReport
+from substrate_node.node import NodeTimes
 
 CANNOT = 2
 pytestmark = needs("user-namespaces", "pidfd")
@@ -49,6 +52,14 @@ def test_clones_of_a_process_are_guests_of_their_own(verify, warm: bool):
     assert out.startswith("5 clones of w\n")
     assert out.count("all 5 differ") == len(FACTS)
     assert "yes  wall clock" in out
+
+
+def test_a_host_that_restores_slowly_is_given_the_time(verify, monkeypatch: pytest.MonkeyPatch):
+    """As long as a start from nothing: how fast they are is not the question."""
+    monkeypatch.setattr(host, "NodeTimes", partial(NodeTimes, restore_within_s=0.0))
+    status, out, err = verify(PRIMED + "pass")
+    assert (status, err) == (0, "")
+    assert out.startswith("5 clones of w\n")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,14 @@ async def _verified(
     settings: Settings, workload: Workload, root: Path, clones: int, clock_ms_max: float
 ) -> ClonesReport:
     own = msgspec.structs.replace(settings.node, state_root=root, audit_journal=None)
-    async with hosted_node(own, daemon="fc-invoke", prefix=PREFIX, guest_argv=isolation.argv(), emit=_unheard) as host:
+    async with hosted_node(
+        own,
+        daemon="fc-invoke",
+        prefix=PREFIX,
+        guest_argv=isolation.argv(),
+        emit=_unheard,
+        patient=True,  # slow clones are clones all the same
+    ) as host:
         return await verify_clones(
             host.node,
             workload,

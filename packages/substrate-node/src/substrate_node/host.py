@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Literal, Protocol, TextIO
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from substrate_node.fcvm import DEFAULT_BOOT_ARGS, FirecrackerVmm, MicroVmRules, outfitted, sweep_orphans
 from substrate_node.images import ImageStore
@@ -104,12 +104,14 @@ async def hosted_node(
     guest_argv: tuple[str, ...],
     emit: Emit,
     story: Callable[[str], Story | None] = lambda _: None,
+    patient: bool = False,
 ) -> AsyncIterator[HostedNode]:
     """Be a node for the length of the block, in a daemon of that name whose settings begin with `prefix`.
 
     `guest_argv` starts a process guest (see `ProcessVmm`), `story` is for agents (see `LocalNode`). MicroVMs are made
-    where Firecracker and KVM are at hand. Raises `StateRootUnusable`, `VmmError` if no guest can be started at all or
-    not as it was asked for, and `OSError` for a journal it can't write.
+    where Firecracker and KVM are at hand. A `patient` node gives a restore as long as a boot. Raises
+    `StateRootUnusable`, `VmmError` if no guest can be started at all or not as it was asked for, and `OSError` for a
+    journal it can't write.
     """
     boot_id = os.urandom(16).hex()
     place = settings.state_root or default_state_root(daemon, os.environ)
@@ -125,13 +127,16 @@ async def hosted_node(
         vmms: tuple[Vmm, ...] = (processes,) if microvms is None else (microvms, processes)
         identity = NodeIdentity(node_id=settings.node_id, boot_id=boot_id, arch=settings.arch, pod_uid=settings.pod_uid)
         held.push_async_callback(processes.aclose)
+        times = NodeTimes(boot_within_s=settings.boot_within_s)
+        if patient:
+            times = structs.replace(times, restore_within_s=times.boot_within_s)
         async with LocalNode(
             identity,
             vmms=vmms,
             memory_mib=default_memory_mib() if settings.memory_mib is None else settings.memory_mib,
             mint=IdentityMint(wall_ns=time.time_ns, entropy=os.urandom),
             emit=emit,
-            times=NodeTimes(boot_within_s=settings.boot_within_s),
+            times=times,
             record=journal.record if journal is not None else None,
             story=story,
             clock=time.monotonic,  # uvloop's clock stands still for a millisecond
