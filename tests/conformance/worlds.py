@@ -26,7 +26,7 @@ from substrate_seam.invocation import Demands, GuestRequest, Headers, Invocation
 from substrate_seam.wire import HEAD_BYTES_MAX
 from substrate_seam.workload import Workload, WorkloadSpec
 from substrate_service.listener import ListenerLimits, protocol_factory, strict_config
-from substrate_service.sinks import fan_out
+from substrate_service.sinks import all_to, fan_out
 from substrate_service.stories import Stories
 
 NODE_ID = "node-1"
@@ -270,7 +270,7 @@ async def running(there: Machine, *, boot_id: str = "boot1") -> AsyncIterator[Lo
         vmms=[there.vmm],
         memory_mib=MEMORY_MIB,
         mint=IdentityMint(wall_ns=lambda: 1, entropy=Random(boot_id).randbytes),
-        emit=fan_out(there.events.append, stories.emit),
+        emit=fan_out(all_to(there.events.append), stories.sink),
         story=stories.story,
         times=NodeTimes(boot_within_s=10.0),
     )

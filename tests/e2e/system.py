@@ -176,7 +176,7 @@ async def system(
     (directory / "table.json").write_text(json.dumps(table))
     front_env = {"WORKLOADS_FILE": str(directory / "table.json")}
     node_env = {"STATE_ROOT": str(state_root), "AUDIT_JOURNAL": str(journal_path), "NODE": "node-1"}
-    listening = {"LISTEN_ADDR": "127.0.0.1:0", "ADMIN_LISTEN_ADDR": "127.0.0.1:0"}
+    listening = {"LISTEN_ADDR": "127.0.0.1:0", "ADMIN_LISTEN_ADDR": "127.0.0.1:0", "LOG_LEVEL": "debug"}
     async with AsyncExitStack() as stack:
         if kind == "single":
             env = _prefixed("FC_INVOKE_", {**listening, **front_env, **node_env, **settings})

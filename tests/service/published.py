@@ -19,10 +19,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "events-and-metrics.md"
 _HEAD = """\
 # Events and metrics
 
-What happens is told as typed events, one per state change. A daemon turns each of them into a line of its log (JSON, or
-readable on a terminal), into metrics on the admin listener's `/metrics`, and, if it belongs to an invocation, into a
-step of the story that `fc-invoke explain <id>` tells. Names on this page are kept: charts, scalers and pages rest on
-them.
+What happens is told as typed events, one per state change. A daemon turns each of them into metrics on the admin
+listener's `/metrics`, and, if it belongs to an invocation, into a step of the story that `fc-invoke explain <id>`
+tells. Its log (JSON, or readable on a terminal) has a line for each, but for the steps of a call that goes well: such a
+call is one line, `invocation.ended`, or `exchange.ended` where only guests are run. With `*_LOG_LEVEL=debug` every step
+is a line. Names on this page are kept: charts, scalers and pages rest on them.
+
+The steps: {steps}.
 
 This page is made from the code, and a test holds it to the code.
 
@@ -45,7 +48,7 @@ Besides these there are the `process_*` metrics of the Prometheus client.
 
 def render() -> str:
     """The whole page."""
-    parts = [_HEAD]
+    parts = [_HEAD.format(steps=", ".join(f"`{name}`" for name in sorted(map(_tag, logs.STEPS))))]
     for kind in sorted(_kinds(), key=_tag):
         fields = ", ".join(f"`{name}`" for name in get_type_hints(kind, vars(events)) if not name.startswith("_"))
         about = " ".join((inspect.getdoc(kind) or "").split())

@@ -11,8 +11,16 @@ import pytest
 from msgspec import structs
 
 from service.every_event import KINDS, made_up
-from substrate_seam.events import DefectFound, GuestGone, GuestParked, InvocationAccepted, WarningRaised
-from substrate_service.logs import EventLog, event_log, library_logs_to
+from substrate_seam.events import (
+    DefectFound,
+    GuestGone,
+    GuestParked,
+    InvocationAccepted,
+    InvocationEnded,
+    WarningRaised,
+)
+from substrate_service.logs import STEPS, EventLog, event_log, library_logs_to
+from substrate_service.sinks import fan_out
 
 NOON_S = 1_700_000_000.1239
 
@@ -28,12 +36,13 @@ def pipe():
             os.close(writing)
 
 
-def written(events, *, readable=False, key=b"k"):
+def written(events, *, readable=False, quiet=frozenset(), key=b"k"):
     """What a log that is closed at once has written."""
     with pipe() as (reading, writing):
-        with event_log(writing, readable=readable, key=key, clock=lambda: NOON_S) as log:
+        with event_log(writing, readable=readable, quiet=quiet, key=key, clock=lambda: NOON_S) as log:
+            emit = fan_out(log.sink)
             for event in events:
-                log(event)
+                emit(event)
         os.close(writing)
         with open(reading, "rb", closefd=False) as lines:
             return lines.read().decode()
@@ -72,6 +81,15 @@ def test_a_readable_line_has_the_time_the_name_and_the_fields():
         "    one\n"
         "      two?\n"
     )
+
+
+def test_a_call_that_goes_well_is_one_line():
+    """Its steps are in the story that `explain` tells, and in the metrics."""
+    lines = written(map(made_up, KINDS), quiet=STEPS - {InvocationEnded}).splitlines()
+    told = {json.loads(line)["event"] for line in lines}
+    assert {kind.__struct_config__.tag for kind in STEPS} & told == {"invocation.ended", "guest.gone"}
+    assert len(told) == len(KINDS) - len(STEPS) + 2  # this guest ended by itself
+    assert written([GuestGone(guest="g", workload="w")], quiet=STEPS) == ""
 
 
 def accepted(session):

@@ -18,7 +18,7 @@ from substrate_seam.events import (
 from substrate_seam.invocation import Isolation
 from substrate_seam.report import NodeReport, WorkloadReport
 from substrate_service.metrics import Metrics
-from substrate_service.sinks import fan_out
+from substrate_service.sinks import all_to, fan_out
 
 
 def samples(metrics):
@@ -40,8 +40,9 @@ def ended(invocation_id="i1", **fields):
 
 def told(*events):
     metrics = Metrics()
+    emit = fan_out(metrics.sink)
     for event in events:
-        metrics(event)
+        emit(event)
     return samples(metrics)
 
 
@@ -132,7 +133,7 @@ def test_more_label_values_than_anybody_can_read_become_one():
 
 def test_two_daemons_in_one_process_count_apart():
     metrics = Metrics()
-    Metrics()(accepted())
+    fan_out(Metrics().sink)(accepted())
     assert ("substrate_events_total", "invocation.accepted") not in samples(metrics)
 
 
@@ -141,7 +142,7 @@ def test_two_daemons_in_one_process_count_apart():
 
 def test_every_sink_hears_every_event_in_order():
     first, second = [], []
-    emit = fan_out(first.append, second.append)
+    emit = fan_out(all_to(first.append), all_to(second.append))
     emit(accepted())
     emit(ended())
     assert first == second == [accepted(), ended()]
@@ -153,7 +154,7 @@ def test_a_sink_that_fails_harms_no_other_and_is_told_of_once():
     def broken(event):
         raise LookupError("out of order")
 
-    emit = fan_out(broken, heard.append)
+    emit = fan_out(all_to(broken), all_to(heard.append))
     emit(accepted())
     emit(ended())
     assert [type(event) for event in heard] == [DefectFound, InvocationAccepted, InvocationEnded]

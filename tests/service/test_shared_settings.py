@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from substrate_seam.events import ExchangeEnded, InvocationEnded
 from substrate_service.address import TcpAddress
+from substrate_service.logs import STEPS
 from substrate_service.settings import EnvironmentReader, SettingsInvalid
-from substrate_service.shared_settings import TlsFiles, open_doors, read_front, read_node, read_tls
+from substrate_service.shared_settings import TlsFiles, open_doors, read_front, read_node, read_quiet, read_tls
 
 
 def front(**environment):
@@ -40,6 +42,17 @@ def test_an_open_admin_listener_needs_a_token():
 def test_callers_that_only_kubernetes_could_review_are_refused():
     """Better no daemon than one that lets in whom it should have asked about."""
     assert "X_TOKENS_FILE" in problems(front, ALLOWED_CALLERS="system:serviceaccount:prod:web")
+
+
+def test_the_log_has_a_line_for_each_call_unless_it_is_to_have_every_step():
+    """A node without a front tells of its exchanges."""
+
+    def quiet(environment, **call):
+        return read_quiet(EnvironmentReader(environment, prefix="X_"), "X_", **call)
+
+    assert quiet({}) == STEPS - {InvocationEnded}
+    assert quiet({}, call=ExchangeEnded) == STEPS - {ExchangeEnded}
+    assert quiet({"X_LOG_LEVEL": "debug"}) == frozenset()
 
 
 def test_all_problems_are_told_at_once():

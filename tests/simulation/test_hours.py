@@ -16,6 +16,7 @@ from simulation.scenarios import SHORT, TABLE
 from simulation.truth import Audit
 from substrate_cluster.catalog.holder import MOST_REMEMBERED
 from substrate_service.metrics import Metrics
+from substrate_service.sinks import fan_out
 from substrate_service.stories import Stories
 
 HOURS, HOUR_S = 6, 3600.0
@@ -46,7 +47,7 @@ class Days:
         self.dice = dice
         self.stories = Stories(clock=lambda: int(there.loop.time() * 1e9), stories_max=STORIES_MAX)
         self.metrics = Metrics()
-        there.hearers += [self.stories.emit, self.metrics]
+        there.hearers.append(fan_out(self.stories.sink, self.metrics.sink))
         self.calls: list[Call] = []
         self.told: Counter[str] = Counter()
         self.waits_ms: dict[str, list[float]] = {"flood": [], "modest": []}

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from msgspec import Struct
 
 from substrate_cluster.nodes.discovery import ACCEPTED, NodeAddress, parse_nodes
+from substrate_seam.events import Event
 from substrate_seam.tls import plaintext_refusal
 from substrate_service.settings import EnvironmentReader
-from substrate_service.shared_settings import FrontSettings, TlsFiles, read_front, read_tls
+from substrate_service.shared_settings import FrontSettings, TlsFiles, read_front, read_quiet, read_tls
 from substrate_service.tracing import TracingSettings, read_tracing
 
 PREFIX = "CLUSTER_AGENT_"
@@ -22,6 +23,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     front: FrontSettings
     nodes: dict[str, NodeAddress]
     tls: TlsFiles | None
+    quiet: frozenset[type[Event]]
     tracing: TracingSettings | None
 
 
@@ -43,9 +45,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         reader.refuse(
             f"{PREFIX}WORKLOADS_FILE", f"the path of a workload table, or {PREFIX}WORKLOADS with the table itself"
         )
+    quiet = read_quiet(reader, PREFIX)
     tracing = read_tracing(reader, environment, service="cluster-agent", version=version("substrate-cluster-agent"))
     reader.finish()
-    return Settings(front=front, nodes=nodes, tls=tls, tracing=tracing)
+    return Settings(front=front, nodes=nodes, tls=tls, quiet=quiet, tracing=tracing)
 
 
 def _read_nodes(reader: EnvironmentReader) -> dict[str, NodeAddress]:

@@ -32,6 +32,7 @@ from substrate_service.daemon import Assembled, run_from_environment
 from substrate_service.exchange import App, Message, Scope
 from substrate_service.observing import Observed, Observing, observed, told_to
 from substrate_service.signals import Stopping
+from substrate_service.sinks import all_to
 
 HOST = "127.0.0.1"
 PORT_MAX = 65535
@@ -71,7 +72,7 @@ def dev(work: Work, environment: Mapping[str, str]) -> int:
             print(f"fc-invoke dev: {line}", file=sys.stderr)
         return 2
     screen = Screen(work.target)
-    observing: Observing = observed if work.as_json else partial(told_to, screen)
+    observing: Observing = observed if work.as_json else lambda tracing, _: told_to(all_to(screen), tracing)
     # Not the place of a daemon: one may run on this machine, and other developers' too.
     # Who starts at the same moment may already clear it away.
     with tempfile.TemporaryDirectory(prefix=_STATE_PREFIX, ignore_cleanup_errors=True) as state:
@@ -124,6 +125,7 @@ def _settings(work: Work, environment: Mapping[str, str], state: str) -> dict[st
         "FC_INVOKE_ADMIN_LISTEN_ADDR": f"{HOST}:{work.admin_port}",
         "FC_INVOKE_STATE_ROOT": state,
         "FC_INVOKE_DRAIN_TIMEOUT": "2s",
+        "FC_INVOKE_LOG_LEVEL": "debug",  # who reads JSON wants every step
         "FC_INVOKE_WORKLOADS": json.dumps({work.name: workload}),
     }
 

@@ -7,8 +7,9 @@ from importlib.metadata import version
 
 from msgspec import Struct
 
+from substrate_seam.events import Event
 from substrate_service.settings import EnvironmentReader
-from substrate_service.shared_settings import FrontSettings, NodeSettings, read_front, read_node
+from substrate_service.shared_settings import FrontSettings, NodeSettings, read_front, read_node, read_quiet
 from substrate_service.tracing import TracingSettings, read_tracing
 
 PREFIX = "FC_INVOKE_"
@@ -26,6 +27,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     front: FrontSettings
     node: NodeSettings
+    quiet: frozenset[type[Event]]
     tracing: TracingSettings | None
     warnings: tuple[str, ...]
 
@@ -35,7 +37,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     reader = EnvironmentReader(environment, prefix=PREFIX)
     front = read_front(reader, PREFIX)
     node = read_node(reader, PREFIX, environment)
+    quiet = read_quiet(reader, PREFIX)
     tracing = read_tracing(reader, environment, service="fc-invoke", version=version("fc-invoke"))
     reader.finish(known=UNUSED)
     warnings = tuple(f"{name} is set and not used: {why}" for name, why in UNUSED.items() if environment.get(name))
-    return Settings(front=front, node=node, tracing=tracing, warnings=warnings)
+    return Settings(front=front, node=node, quiet=quiet, tracing=tracing, warnings=warnings)

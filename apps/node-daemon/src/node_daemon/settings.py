@@ -7,10 +7,11 @@ from importlib.metadata import version
 
 from msgspec import Struct
 
+from substrate_seam.events import Event, ExchangeEnded
 from substrate_seam.tls import plaintext_refusal
 from substrate_service.address import Address, TcpAddress
 from substrate_service.settings import EnvironmentReader
-from substrate_service.shared_settings import NodeSettings, TlsFiles, read_node, read_tls
+from substrate_service.shared_settings import NodeSettings, TlsFiles, read_node, read_quiet, read_tls
 from substrate_service.tracing import TracingSettings, read_tracing
 
 PREFIX = "NODE_DAEMON_"
@@ -29,6 +30,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     body_limit_bytes: int
     drain_within_s: float
     node: NodeSettings
+    quiet: frozenset[type[Event]]
     tracing: TracingSettings | None
 
 
@@ -43,6 +45,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         body_limit_bytes=reader.size(f"{PREFIX}BODY_LIMIT", 8 * 1024 * 1024),
         drain_within_s=reader.duration(f"{PREFIX}DRAIN_TIMEOUT", 120.0, zero=True),
         node=read_node(reader, PREFIX, environment),
+        quiet=read_quiet(reader, PREFIX, call=ExchangeEnded),
         tracing=read_tracing(reader, environment, service="node-daemon", version=version("substrate-node-daemon")),
     )
     insecure = reader.boolean(f"{PREFIX}INSECURE_WIRE", default=False)

@@ -61,7 +61,10 @@ class InvocationRefused(Event, frozen=True, kw_only=True, tag="invocation.refuse
 
 
 class InvocationEnded(Event, frozen=True, kw_only=True, tag="invocation.ended"):
-    """The caller has its answer, or is gone. `reason` is None when the guest answered."""
+    """The caller has its answer, or is gone. `reason` is None when the guest answered.
+
+    Where a guest was claimed, the times of its phases are here again, so that this event alone tells of a whole call.
+    """
 
     invocation_id: str
     workload: str
@@ -73,6 +76,11 @@ class InvocationEnded(Event, frozen=True, kw_only=True, tag="invocation.ended"):
     message: str = ""
     start: Start | None = None
     node: str | None = None
+    guest: str | None = None
+    queue_ms: float | None = None
+    claim_ms: float | None = None
+    ready_ms: float | None = None
+    guest_ms: float | None = None
     client_left: bool = False
     body_bytes: int = 0
 
@@ -189,6 +197,11 @@ class GuestGone(Event, frozen=True, kw_only=True, tag="guest.gone"):
     exit: str = ""
     console: str = ""
     invocation_id: str | None = None
+
+    @property
+    def ended_by(self) -> str:
+        """`itself` or `node`."""
+        return "itself" if self.exit else "node"
 
 
 class GuestParked(Event, frozen=True, kw_only=True, tag="guest.parked"):

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
-from substrate_seam.events import DaemonStarted, DaemonStopped, DaemonStopping, Emit
+from substrate_seam.events import DaemonStarted, DaemonStopped, DaemonStopping, Emit, Event
 from substrate_service.address import Address, ListenFailed
 from substrate_service.exchange import App
 from substrate_service.listener import Refusal, strict_config
@@ -95,6 +95,11 @@ class DaemonSettings(Protocol):
     """What every daemon is told."""
 
     @property
+    def quiet(self) -> frozenset[type[Event]]:
+        """Kinds of events that its log leaves out."""
+        ...
+
+    @property
     def tracing(self) -> TracingSettings | None:
         """Where its traces go, if anywhere."""
         ...
@@ -126,7 +131,7 @@ def run_from_environment(
 
     def to_the_end() -> int:
         settings = read(environment)
-        with observing(settings.tracing) as observations:
+        with observing(settings.tracing, settings.quiet) as observations:
             return run(live(settings, observations))
 
     return exit_status(name, to_the_end, mistakes=(SettingsInvalid, ListenFailed, *mistakes))

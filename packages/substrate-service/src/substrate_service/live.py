@@ -13,7 +13,7 @@ from msgspec import structs
 
 from substrate_seam import events as e
 from substrate_seam.errors import Ran, Reason
-from substrate_seam.events import Event
+from substrate_seam.events import Emit, Event
 from substrate_seam.invocation import Isolation
 from substrate_seam.report import NodeReport, WorkloadReport
 from substrate_service.snapshot import Failure, Guests, NodeNow, Snapshot, Trouble, WorkloadNow
@@ -71,11 +71,14 @@ class Live:
             **dict.fromkeys(_TROUBLES, self._troubled),
         }
 
+    def sink(self, kind: type[Event]) -> Emit | None:
+        """What is done with events of a kind."""
+        return self._rules.get(kind)
+
     def __call__(self, event: Event) -> None:
         """Take in what the event says of the present."""
-        rule = self._rules.get(type(event))
-        if rule is not None:
-            rule(event)
+        if (take := self.sink(type(event))) is not None:
+            take(event)
 
     def snapshot(
         self,

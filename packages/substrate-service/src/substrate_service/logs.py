@@ -27,6 +27,15 @@ _TOGETHER_S: Final = 0.005
 _RETRY_S: Final = 0.05
 _LAST_WORDS_S: Final = 1.0
 _HASHED: Final = frozenset({"session", "url", "target"})
+STEPS: Final[frozenset[type[Event]]] = frozenset(
+    {
+        *(events.InvocationAccepted, events.InvocationPlaced, events.InvocationEnded),
+        *(events.CallQueued, events.SlotTaken, events.SlotFreed),
+        *(events.GuestClaimed, events.ExchangeEnded, events.GuestGone, events.GuestParked),
+    }
+)
+"""The events of a call that goes well: one of them can tell the others."""
+
 _LEVELS: Final[dict[type[Event], str]] = {
     events.BaseCondemned: "warning",
     events.BaseFailed: "warning",
@@ -63,17 +72,24 @@ class EventLog:
 
     It never waits: what a slow reader does not take is held up to a MiB, and further lines are dropped, counted and
     told. Session ids and URLs are hashed with `key`; without one they can be compared only within this process.
-    Made by `event_log`.
+    Kinds in `quiet` leave no line, but for a guest that ended by itself. Made by `event_log`.
     """
 
     def __init__(
-        self, descriptor: int, *, readable: bool, key: bytes | None = None, clock: Callable[[], float] = time.time
+        self,
+        descriptor: int,
+        *,
+        readable: bool,
+        quiet: frozenset[type[Event]] = frozenset(),
+        key: bytes | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._descriptor = descriptor
         self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._format = _readable if readable else _json
+        self._quiet = quiet
         self._key = key or os.urandom(16)
         self._clock = clock
         self._second, self._second_text = -1, ""
@@ -83,6 +99,17 @@ class EventLog:
         self._dropped = 0
         self._loop: asyncio.AbstractEventLoop | None = None  # the one that will flush
         self._lock = threading.Lock()  # libraries log from their threads
+
+    def sink(self, kind: type[Event]) -> Emit | None:
+        """What is done with events of a kind."""
+        if kind not in self._quiet:
+            return self
+        return self._tell_own_end if kind is events.GuestGone else None
+
+    def _tell_own_end(self, gone: Event) -> None:
+        assert isinstance(gone, events.GuestGone)
+        if gone.exit:
+            self(gone)
 
     def __call__(self, event: Event) -> None:
         """Write the event soon; never waits, never raises."""
@@ -169,13 +196,19 @@ class EventLog:
 
 @contextlib.contextmanager
 def event_log(
-    descriptor: int, *, readable: bool | None = None, key: bytes | None = None, clock: Callable[[], float] = time.time
+    descriptor: int,
+    *,
+    readable: bool | None = None,
+    quiet: frozenset[type[Event]] = frozenset(),
+    key: bytes | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> Generator[EventLog]:
     """Write events to `descriptor` for the length of the block: readable on a terminal, JSON elsewhere.
 
     At the end the last lines have a second to be read.
     """
-    log = EventLog(descriptor, readable=os.isatty(descriptor) if readable is None else readable, key=key, clock=clock)
+    readable = os.isatty(descriptor) if readable is None else readable
+    log = EventLog(descriptor, readable=readable, quiet=quiet, key=key, clock=clock)
     try:
         yield log
     finally:

@@ -6,10 +6,11 @@ workloads by name, and words of our own. Callers, sessions, guests and nodes are
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any, Final
 
 from msgspec import Struct
@@ -19,7 +20,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from substrate_seam import events as e
-from substrate_seam.events import Event
+from substrate_seam.events import Emit, Event
 from substrate_seam.report import NodeReport
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,36 +32,59 @@ _BOUNDS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 Labels = tuple[str, ...]
 Measured = tuple[Any, ...]
 """A number, and then the labels it belongs to."""
-Rule = Callable[[Any], Measured | None]
-Rules = Mapping[type[Event], Rule]
-"""What each kind of event means for one metric; None is nothing."""
+
+
+class On(Struct, frozen=True):
+    """What a kind of event means for a metric: `measure` gives a number, or None for nothing.
+
+    `labels` has those that are the same for the whole kind; each other one is the event's own field of that name.
+    """
+
+    measure: Callable[[Any], Any]
+    labels: Mapping[str, str]
+
+
+def on(measure: Callable[[Any], Any] = lambda _: 1, **labels: str) -> On:
+    """Measure events of a kind; without `measure`, count them."""
+    return On(measure, labels)
 
 
 class Metrics(Collector):
-    """An `Emit` that counts, and what it has counted, in Prometheus's words."""
+    """A `Sink` that counts, and what it has counted, in Prometheus's words."""
 
     def __init__(self) -> None:
         self._metrics = _metrics()
         self._observed = _observed()
         self._report: Callable[[], NodeReport] | None = None
         self._events = _Counter("events", "Everything that happened, by the name of its event.", ("event",), {})
-        self._by_kind: dict[type[Event], list[tuple[Rule, Callable[[Measured], None]]]] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def __call__(self, event: Event) -> None:
-        """Count the event."""
-        kind = type(event)
-        for rule, record in self._by_kind.get(kind) or self._rules_for(kind):
-            if (measured := rule(event)) is not None:
-                record(measured)
+    def sink(self, kind: type[Event]) -> Emit:
+        """What is done with events of a kind.
 
-    def _rules_for(self, kind: type[Event]) -> list[tuple[Rule, Callable[[Measured], None]]]:
-        """What is done with a kind of event that was not met before."""
-        counted = (1, str(kind.__struct_config__.tag))
-        rules = [(metric.rules[kind], metric.record) for metric in self._metrics if kind in metric.rules]
-        return self._by_kind.setdefault(kind, [(lambda _: counted, self._events.record), *rules])
+        Where an event is counted depends on few of its fields: it is worked out for the first one of each combination.
+        """
+        tag = str(kind.__struct_config__.tag)
+        rules = [
+            (self._events, on(event=tag)),
+            *((each, each.rules[kind]) for each in self._metrics if kind in each.rules),
+        ]
+        fields = sorted({field for metric, rule in rules for field in metric.fields(rule)})
+        place_of: Callable[[Event], object] = attrgetter(*fields) if fields else lambda _: None
+        places: dict[object, list[Emit]] = {}
+
+        def count(event: Event) -> None:
+            place = place_of(event)
+            if (takers := places.get(place)) is None:
+                takers = [metric.taker(event, rule) for metric, rule in rules]
+                if len(places) < _SERIES_MAX:
+                    places[place] = takers
+            for take in takers:
+                take(event)
+
+        return count
 
     def watch(self, report: Callable[[], NodeReport]) -> None:
         """Tell from now on what a node of this daemon says of itself: `report` is asked whenever somebody scrapes."""
@@ -92,14 +116,14 @@ class Published(Struct, frozen=True):
 
 
 class _Metric(ABC):
-    """One metric and its values, by labels; too many combinations of them become one, `other`."""
+    """One metric and its series, by labels; too many combinations of them become one, `other`."""
 
-    def __init__(self, name: str, about: str, labels: Labels, rules: Rules) -> None:
+    def __init__(self, name: str, about: str, labels: Labels, rules: Mapping[type[Event], On]) -> None:
         self.rules = rules
         self._name = f"substrate_{name}"
         self._about = about
         self._labels = labels
-        self._values: dict[Labels, Any] = {}
+        self._series: dict[Labels, list[Any]] = {}
 
     def published(self) -> Published:
         """How scrapers find it."""
@@ -107,49 +131,71 @@ class _Metric(ABC):
         name = f"{self._name}_total" if family.type == "counter" else self._name
         return Published(name, family.type, self._labels, self._about)
 
+    def fields(self, rule: On) -> Iterator[str]:
+        """The fields of an event that are labels."""
+        return (label for label in self._labels if label not in rule.labels)
+
+    def taker(self, event: Event, rule: On) -> Emit:
+        """What takes this event, and any other of its kind that has the same labels."""
+        labels = (rule.labels.get(label) or _word(getattr(event, label)) for label in self._labels)
+        return self._taker(self._at(tuple(labels)), rule.measure)
+
     @abstractmethod
-    def record(self, measured: Measured) -> None:
-        """Take one measurement."""
+    def _taker(self, series: list[Any], measure: Callable[[Any], Any]) -> Emit: ...
 
     @abstractmethod
     def family(self) -> Family:
         """What was measured so far."""
 
-    def _key(self, labels: Labels) -> Labels:
-        if labels in self._values or len(self._values) < _SERIES_MAX:
-            return labels
-        return ("other",) * len(labels)
+    def _at(self, labels: Labels) -> list[Any]:
+        if labels not in self._series and len(self._series) >= _SERIES_MAX:
+            labels = ("other",) * len(labels)
+        return self._series.setdefault(labels, self._nothing())
+
+    def _nothing(self) -> list[Any]:
+        return [None]
+
+
+def _word(value: object) -> str:
+    return "none" if value is None else str(value)
 
 
 class _Counter(_Metric):
     """Adds up."""
 
-    def record(self, measured: Measured) -> None:
-        labels = measured[1:]
-        try:
-            self._values[labels] += measured[0]
-        except KeyError:
-            key = self._key(labels)
-            self._values[key] = self._values.get(key, 0) + measured[0]
+    def _taker(self, series: list[Any], measure: Callable[[Any], Any]) -> Emit:
+        def add(event: Event) -> None:
+            if (amount := measure(event)) is not None:
+                series[0] = amount + (series[0] or 0)
+
+        return add
 
     def family(self) -> Family:
         family = CounterMetricFamily(self._name, self._about, labels=self._labels)
-        for labels, value in self._values.items():
-            family.add_metric(labels, value)
+        _add_known(family, self._series)
         return family
 
 
 class _Gauge(_Metric):
     """Remembers the last value."""
 
-    def record(self, measured: Measured) -> None:
-        self._values[self._key(measured[1:])] = measured[0]
+    def _taker(self, series: list[Any], measure: Callable[[Any], Any]) -> Emit:
+        def show(event: Event) -> None:
+            series[0] = measure(event)
+
+        return show
 
     def family(self) -> Family:
         family = GaugeMetricFamily(self._name, self._about, labels=self._labels)
-        for labels, value in self._values.items():
-            family.add_metric(labels, value)
+        _add_known(family, self._series)
         return family
+
+
+def _add_known(family: CounterMetricFamily | GaugeMetricFamily, series: Mapping[Labels, list[Any]]) -> None:
+    """What has not been measured is not told: it is no 0."""
+    for labels, [value] in series.items():
+        if value is not None:
+            family.add_metric(labels, value)
 
 
 class _Observed(_Gauge):
@@ -161,42 +207,52 @@ class _Observed(_Gauge):
 
     def of(self, report: NodeReport) -> Family:
         """What the report says."""
-        self._values.clear()
+        self._series.clear()
         for value, *labels in self._read(report):
-            key = self._key(tuple(labels))
-            self._values[key] = self._values.get(key, 0) + value
+            series = self._at(tuple(labels))
+            series[0] = value + (series[0] or 0)
         return self.family()
 
 
 class _Members(_Metric):
     """Counts who is there: a measurement is True or False, and a name."""
 
-    def record(self, measured: Measured) -> None:
-        present, name = measured
-        if present:
-            self._values[(name,)] = True
-        else:
-            self._values.pop((name,), None)
+    def __init__(self, name: str, about: str, labels: Labels, rules: Mapping[type[Event], On]) -> None:
+        super().__init__(name, about, labels, rules)
+        self._present: set[str] = set()
+
+    def _taker(self, series: list[Any], measure: Callable[[Any], Any]) -> Emit:
+        def note(event: Event) -> None:
+            present, name = measure(event)
+            if present:
+                self._present.add(name)
+            else:
+                self._present.discard(name)
+
+        return note
 
     def family(self) -> Family:
-        return GaugeMetricFamily(self._name, self._about, value=len(self._values))
+        return GaugeMetricFamily(self._name, self._about, value=len(self._present))
 
 
 class _Histogram(_Metric):
     """Sorts seconds into buckets; a measurement is in milliseconds."""
 
-    def record(self, measured: Measured) -> None:
-        key = self._key(measured[1:])
-        if (buckets := self._values.get(key)) is None:
-            buckets = self._values[key] = [0] * (len(_BOUNDS_S) + 1) + [0.0]
-        value_s = measured[0] / 1000
-        buckets[bisect.bisect_left(_BOUNDS_S, value_s)] += 1
-        buckets[-1] += value_s
+    def _nothing(self) -> list[Any]:
+        return [0] * (len(_BOUNDS_S) + 1) + [0.0]
+
+    def _taker(self, series: list[Any], measure: Callable[[Any], Any]) -> Emit:
+        def sort_in(event: Event) -> None:
+            value_s = measure(event) / 1000
+            series[bisect_left(_BOUNDS_S, value_s)] += 1
+            series[-1] += value_s
+
+        return sort_in
 
     def family(self) -> Family:
         family = HistogramMetricFamily(self._name, self._about, labels=self._labels)
         bounds = [*map(str, _BOUNDS_S), "+Inf"]
-        for labels, (*buckets, sum_s) in self._values.items():
+        for labels, (*buckets, sum_s) in self._series.items():
             counts = itertools.accumulate(buckets)
             family.add_metric(labels, list(zip(bounds, counts, strict=True)), sum_value=sum_s)
         return family
@@ -210,219 +266,219 @@ def _metrics() -> tuple[_Metric, ...]:
             "invocations",
             "Invocations that ended, by what their callers were told.",
             ("workload", "status", "reason", "ran"),
-            {e.InvocationEnded: lambda x: (1, x.workload, str(x.status), x.reason or "none", x.ran)},
+            {e.InvocationEnded: on()},
         ),
         _Histogram(
             "invocation_seconds",
             "From the request being whole to the end of its invocation.",
             ("workload", "start"),
-            {e.InvocationEnded: lambda x: (x.total_ms, x.workload, x.start or "none")},
+            {e.InvocationEnded: on(lambda x: x.total_ms)},
         ),
         _Members(
             "invocations_in_flight",
             "Invocations that were accepted and have not ended.",
             (),
             {
-                e.InvocationAccepted: lambda x: (True, x.invocation_id),
-                e.InvocationEnded: lambda x: (False, x.invocation_id),
+                e.InvocationAccepted: on(lambda x: (True, x.invocation_id)),
+                e.InvocationEnded: on(lambda x: (False, x.invocation_id)),
             },
         ),
         _Counter(
             "request_body_bytes",
             "Bytes of request bodies.",
             ("workload",),
-            {e.InvocationAccepted: lambda x: (x.body_bytes, x.workload)},
+            {e.InvocationAccepted: on(lambda x: x.body_bytes)},
         ),
         _Counter(
             "reply_body_bytes",
             "Bytes of reply bodies that were passed on.",
             ("workload",),
-            {e.InvocationEnded: lambda x: (x.body_bytes, x.workload)},
+            {e.InvocationEnded: on(lambda x: x.body_bytes)},
         ),
         _Counter(
             "callers_left",
             "Invocations whose caller left before their end.",
             ("workload",),
-            {e.InvocationEnded: lambda x: (1, x.workload) if x.client_left else None},
+            {e.InvocationEnded: on(lambda x: 1 if x.client_left else None)},
         ),
         _Counter(
             "attempts_placed",
             "Attempts that were sent to a node, by why there.",
             ("because",),
-            {e.InvocationPlaced: lambda x: (1, x.because)},
+            {e.InvocationPlaced: on()},
         ),
         _Counter(
             "attempts_refused",
             "Attempts that could not start; nothing ran.",
             ("reason",),
-            {e.InvocationRefused: lambda x: (1, x.reason)},
+            {e.InvocationRefused: on()},
         ),
         _Counter(
             "calls_refused",
             "Requests that were turned away before they became an invocation.",
             ("reason", "status"),
-            {e.CallRefused: lambda x: (1, x.reason, str(x.status))},
+            {e.CallRefused: on()},
         ),
         _Members(
             "nodes_connected",
             "Nodes that are heard.",
             (),
-            {e.NodeConnected: lambda x: (True, x.node), e.NodeLost: lambda x: (False, x.node)},
+            {e.NodeConnected: on(lambda x: (True, x.node)), e.NodeLost: on(lambda x: (False, x.node))},
         ),
-        _Counter("nodes_lost", "Nodes that fell silent.", (), {e.NodeLost: lambda _: (1,)}),
+        _Counter("nodes_lost", "Nodes that fell silent.", (), {e.NodeLost: on()}),
         # The node.
         _Gauge(
             "queue_waiting",
             "Calls that wait for a slot.",
             ("workload",),
-            dict.fromkeys((e.CallQueued, e.SlotTaken, e.SlotFreed), lambda x: (x.waiting, x.workload)),
+            dict.fromkeys((e.CallQueued, e.SlotTaken, e.SlotFreed), on(lambda x: x.waiting)),
         ),
         _Gauge(
             "slots_busy",
             "Slots that are taken.",
             ("workload",),
-            dict.fromkeys((e.SlotTaken, e.SlotFreed), lambda x: (x.busy, x.workload)),
+            dict.fromkeys((e.SlotTaken, e.SlotFreed), on(lambda x: x.busy)),
         ),
         _Counter(
             "guests_claimed",
             "Guests that were claimed for an invocation.",
             ("workload", "start", "isolation"),
-            {e.GuestClaimed: lambda x: (1, x.workload, x.start, x.isolation)},
+            {e.GuestClaimed: on()},
         ),
         _Histogram(
             "queue_seconds",
             "Waiting for a slot.",
             ("workload",),
-            {e.GuestClaimed: lambda x: (x.queue_ms, x.workload)},
+            {e.GuestClaimed: on(lambda x: x.queue_ms)},
         ),
         _Histogram(
             "claim_seconds",
             "From a slot to a guest that is running.",
             ("workload", "start"),
-            {e.GuestClaimed: lambda x: (x.claim_ms, x.workload, x.start)},
+            {e.GuestClaimed: on(lambda x: x.claim_ms)},
         ),
         _Histogram(
             "ready_seconds",
             "From a running guest to its readiness.",
             ("workload", "start"),
-            {e.GuestClaimed: lambda x: (x.ready_ms, x.workload, x.start)},
+            {e.GuestClaimed: on(lambda x: x.ready_ms)},
         ),
         _Counter(
             "starts_failed",
             "Ways of starting a guest that failed.",
             ("workload", "start"),
-            {e.StartFailed: lambda x: (1, x.workload, x.start)},
+            {e.StartFailed: on()},
         ),
         _Counter(
             "exchanges",
             "Exchanges with guests that ended, by why they failed.",
             ("workload", "reason"),
-            {e.ExchangeEnded: lambda x: (1, x.workload, x.reason or "none")},
+            {e.ExchangeEnded: on()},
         ),
         _Histogram(
             "exchange_seconds",
             "Exchanges with guests.",
             ("workload",),
-            {e.ExchangeEnded: lambda x: (x.guest_ms, x.workload)},
+            {e.ExchangeEnded: on(lambda x: x.guest_ms)},
         ),
         _Counter(
             "guest_cpu_seconds",
             "CPU time of guests, where it was measured.",
             ("workload",),
-            {e.ExchangeEnded: lambda x: (x.cpu_ms / 1000, x.workload) if x.cpu_ms is not None else None},
+            {e.ExchangeEnded: on(lambda x: x.cpu_ms / 1000 if x.cpu_ms is not None else None)},
         ),
         _Counter(
             "invocations_fenced",
             "Invocations that were cancelled, by whether they may have run.",
             ("ran",),
-            {e.InvocationFenced: lambda x: (1, x.ran)},
+            {e.InvocationFenced: on()},
         ),
         _Counter(
             "guests_gone",
             "Guests that have left the host, by who ended them.",
             ("workload", "ended_by"),
-            {e.GuestGone: lambda x: (1, x.workload, "itself" if x.exit else "node")},
+            {e.GuestGone: on()},
         ),
         _Counter(
             "guests_parked",
             "Ready guests that were put into the pool.",
             ("workload",),
-            {e.GuestParked: lambda x: (1, x.workload)},
+            {e.GuestParked: on()},
         ),
         _Counter(
             "bases",
             "Warm bases, by what became of them.",
             ("workload", "outcome"),
             {
-                e.BaseBuilt: lambda x: (1, x.workload, "built"),
-                e.BaseAdopted: lambda x: (1, x.workload, "adopted"),
-                e.BaseFailed: lambda x: (1, x.workload, "failed"),
-                e.BaseCondemned: lambda x: (1, x.workload, "condemned"),
+                e.BaseBuilt: on(outcome="built"),
+                e.BaseAdopted: on(outcome="adopted"),
+                e.BaseFailed: on(outcome="failed"),
+                e.BaseCondemned: on(outcome="condemned"),
             },
         ),
         _Histogram(
             "base_build_seconds",
             "Building a warm base.",
             ("workload",),
-            {e.BaseBuilt: lambda x: (x.build_ms, x.workload)},
+            {e.BaseBuilt: on(lambda x: x.build_ms)},
         ),
         _Members(
             "workloads_known",
             "Workloads that the node knows.",
             (),
-            {e.WorkloadEnsured: lambda x: (True, x.digest), e.WorkloadDropped: lambda x: (False, x.digest)},
+            {e.WorkloadEnsured: on(lambda x: (True, x.digest)), e.WorkloadDropped: on(lambda x: (False, x.digest))},
         ),
         _Gauge(
             "node_draining",
             "1 while the node takes no new invocations.",
             (),
-            {e.NodeDraining: lambda _: (1,), e.NodeResumed: lambda _: (0,)},
+            {e.NodeDraining: on(), e.NodeResumed: on(lambda _: 0)},
         ),
         _Gauge(
             "node_limits_generation",
             "Generation of the limits that the node keeps to.",
             (),
-            {e.NodeLimited: lambda x: (x.generation,)},
+            {e.NodeLimited: on(lambda x: x.generation)},
         ),
         _Counter(
             "orphans_removed",
             "What earlier daemons left behind and was removed.",
             (),
-            {e.OrphanRemoved: lambda _: (1,)},
+            {e.OrphanRemoved: on()},
         ),
         # The daemon.
         _Gauge(
             "daemon_info",
             "Which daemon this is; always 1.",
             ("daemon", "version"),
-            {e.DaemonStarted: lambda x: (1, x.daemon, x.version)},
+            {e.DaemonStarted: on()},
         ),
         _Gauge(
             "daemon_stopping",
             "1 once the daemon was asked to stop.",
             (),
-            {e.DaemonStarted: lambda _: (0,), e.DaemonStopping: lambda _: (1,)},
+            {e.DaemonStarted: on(lambda _: 0), e.DaemonStopping: on()},
         ),
         _Gauge(
             "catalog_workloads",
             "Workloads in the table that is in force.",
             (),
-            {e.CatalogLoaded: lambda x: (x.workloads,)},
+            {e.CatalogLoaded: on(lambda x: x.workloads)},
         ),
         _Counter(
             "catalog_loads",
             "Workload tables that were read, by what became of them.",
             ("outcome",),
-            {e.CatalogLoaded: lambda _: (1, "loaded"), e.CatalogRefused: lambda _: (1, "refused")},
+            {e.CatalogLoaded: on(outcome="loaded"), e.CatalogRefused: on(outcome="refused")},
         ),
-        _Counter("warnings", "What an operator should know.", (), {e.WarningRaised: lambda _: (1,)}),
+        _Counter("warnings", "What an operator should know.", (), {e.WarningRaised: on()}),
         _Counter(
             "cleanups",
             "Cleanups that did not go as they should.",
             ("outcome",),
-            {e.CleanupLate: lambda _: (1, "late"), e.CleanupFailed: lambda _: (1, "failed")},
+            {e.CleanupLate: on(outcome="late"), e.CleanupFailed: on(outcome="failed")},
         ),
-        _Counter("defects", "Defects of this software.", (), {e.DefectFound: lambda _: (1,)}),
+        _Counter("defects", "Defects of this software.", (), {e.DefectFound: on()}),
     )
 
 

@@ -10,11 +10,14 @@ from typing import Literal
 
 from msgspec import Struct
 
+from substrate_seam.events import Event, InvocationEnded
 from substrate_service.address import Address, TcpAddress
+from substrate_service.logs import STEPS
 from substrate_service.settings import EnvironmentReader
 
 MIB = 1024 * 1024
 JAILED: tuple[Literal["auto", "on", "off"], ...] = ("auto", "on", "off")
+LOG_LEVELS = ("info", "debug")
 _GO_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -105,6 +108,14 @@ def read_front(reader: EnvironmentReader, prefix: str) -> FrontSettings:
             f"{prefix}ADMIN_LISTEN_ADDR", f"an address of this machine alone, unless {prefix}ADMIN_TOKEN_FILE is set"
         )
     return settings
+
+
+def read_quiet(
+    reader: EnvironmentReader, prefix: str, *, call: type[Event] = InvocationEnded
+) -> frozenset[type[Event]]:
+    """What the log leaves out: the steps of a call but for `call`, which tells the others, unless all is asked for."""
+    level = reader.choice(f"{prefix}LOG_LEVEL", LOG_LEVELS[0], among=LOG_LEVELS)
+    return STEPS - {call} if level == LOG_LEVELS[0] else frozenset()
 
 
 def open_doors(front: FrontSettings, prefix: str) -> tuple[str, ...]:

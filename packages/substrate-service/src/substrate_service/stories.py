@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from substrate_seam.events import Event
+from substrate_seam.events import Emit, Event
 from substrate_seam.story import Happened, Plain, Story
 
 STORIES_MAX, EVENTS_MAX = 4_096, 64
@@ -24,9 +24,13 @@ class Stories:
         self._stories_max = stories_max
         self._stories: OrderedDict[str, list[tuple[int, Event]]] = OrderedDict()
 
+    def sink(self, kind: type[Event]) -> Emit | None:
+        """What is done with events of a kind: kept, if they belong to an invocation."""
+        return self.emit if "invocation_id" in kind.__struct_fields__ else None
+
     def emit(self, event: Event) -> None:
         """Keep an event that belongs to an invocation."""
-        invocation_id = getattr(event, "invocation_id", None)
+        invocation_id: str | None = getattr(event, "invocation_id", None)
         if invocation_id is None:
             return
         story = self._stories.get(invocation_id)

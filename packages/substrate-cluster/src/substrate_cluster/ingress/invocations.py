@@ -27,7 +27,7 @@ from substrate_cluster.ingress.sessions import cut_workload, guest_target, parse
 from substrate_seam.errors import Ran, Reason, SubstrateError
 from substrate_seam.events import Emit, InvocationAccepted, InvocationEnded
 from substrate_seam.executor import NodeExecutor
-from substrate_seam.invocation import GuestRequest, Invocation, Started, Trace
+from substrate_seam.invocation import GuestRequest, Invocation, Reply, Trace
 from substrate_seam.tracing import Join, pass_on
 from substrate_seam.workload import Workload
 
@@ -237,7 +237,7 @@ class Front:
     async def _relay(self, exchange: Exchange, invocation: Invocation, ending: _Ending) -> None:
         """Stream the guest's reply as it arrives; whichever way this ends, the guest is given back."""
         async with HangUpWatch(exchange) as watch, self._executor.invoke(invocation) as reply:
-            ending.started = reply.started
+            ending.reply = reply
             fields = from_guest(reply.headers, status=reply.status)
             await exchange.head(reply.status, fields + started_fields(reply.started))
             async for piece in reply.body:
@@ -249,17 +249,17 @@ class Front:
 class _Ending:
     """How an invocation ended: answered, failed, left by its caller, or (none of these) cut short by ourselves."""
 
-    __slots__ = ("client_left", "error", "started")
+    __slots__ = ("client_left", "error", "reply")
 
     def __init__(self) -> None:
-        self.started: Started | None = None
+        self.reply: Reply | None = None
         self.error: SubstrateError | None = None
         self.client_left = False
 
     def told(self, exchange: Exchange, invocation: Invocation) -> InvocationEnded:
-        error, started = self.error, self.started
-        if started is None and error is not None:
-            started = error.started
+        error, reply = self.error, self.reply
+        started = reply.started if reply is not None else error.started if error is not None else None
+        receipt = None if reply is None else reply.receipt
         cut_short = error is None and not self.client_left and not exchange.complete
         reason = Reason.INTERNAL if cut_short else None if error is None else told_reason(error.reason)
         return InvocationEnded(
@@ -273,6 +273,11 @@ class _Ending:
             message="the daemon cut the call short" if cut_short else "" if error is None else error.message,
             start=None if started is None else started.start,
             node=None if started is None else started.node,
+            guest=None if started is None else started.guest,
+            queue_ms=None if started is None else started.queue_ms,
+            claim_ms=None if started is None else started.claim_ms,
+            ready_ms=None if started is None else started.ready_ms,
+            guest_ms=None if receipt is None else receipt.guest_ms,
             client_left=self.client_left,
             body_bytes=exchange.body_bytes,
         )
