@@ -328,7 +328,7 @@ async def a_guest_that_is_not_ready_in_time_is_told(bench: Bench, at: At) -> Non
 async def a_full_queue_refuses_at_once(bench: Bench) -> None:
     """With the time after which to try again."""
     work = await known(bench, concurrency=1, queue=1)
-    async with going_on(bench, *(bench.invocation(work, "/?after_s=5") for _ in range(2))) as calls:
+    async with going_on(bench, *(bench.invocation(work, f"/?after_s={bench.long_s}") for _ in range(2))) as calls:
         await until(bench, At.REQUEST)
         error = await bench.refusal(work)
         assert (error.reason, error.ran) == (Reason.CAPACITY, Ran.NO)
@@ -379,7 +379,11 @@ async def a_guest_larger_than_the_node_is_refused(bench: Bench) -> None:
 async def a_call_waits_for_memory_and_is_told_when_there_was_none_in_time(bench: Bench) -> None:
     """A slot is free, memory is not: until another workload gives some back."""
     hog, work = await known(bench, "hog", memory_mib=MEMORY_MIB), await known(bench)
-    calls = [bench.invocation(hog, "/?after_s=5"), bench.invocation(work, start_within_s=2.0), bench.invocation(work)]
+    calls = [
+        bench.invocation(hog, f"/?after_s={bench.long_s}"),
+        bench.invocation(work, start_within_s=0.4 * bench.long_s),
+        bench.invocation(work),
+    ]
     async with going_on(bench, calls[0]) as hogs:
         await until(bench, At.REQUEST)
         async with going_on(bench, *calls[1:]) as tasks:
@@ -387,7 +391,7 @@ async def a_call_waits_for_memory_and_is_told_when_there_was_none_in_time(bench:
     early, late = map(said, tasks)
     assert (early.error.reason, early.error.ran) == (Reason.MEMORY, Ran.NO)
     assert late.whole
-    assert late.started.queue_ms > 3000
+    assert late.started.queue_ms > 600 * bench.long_s
     assert said(hogs[0]).whole
 
 
@@ -544,10 +548,10 @@ async def a_stream_that_takes_too_long_is_cut_and_never_looks_whole(bench: Bench
 async def no_readers_pace_owns_a_guest(bench: Bench) -> None:
     """After `run_within_s` the guest is gone, though its answer has not been read."""
     work = await known(bench)
-    call = bench.invocation(work, "/?pieces=100&bytes=100000&chunked=1", run_within_s=3.0)
+    run_within_s = 0.6 * bench.long_s
+    call = bench.invocation(work, "/?pieces=100&bytes=100000&chunked=1", run_within_s=run_within_s)
     async with bench.node.invoke(call) as reply:
-        await asyncio.sleep(5.0)
-        assert not bench.left()
+        await bench.gone(within_s=run_within_s + bench.going_s)
         with pytest.raises(GuestTimeout):
             [piece async for piece in reply.body]
 
@@ -570,7 +574,7 @@ async def an_answer_that_was_whole_in_time_may_be_read_late(bench: Bench) -> Non
 async def a_second_delivery_is_told_apart_and_does_not_run(bench: Bench) -> None:
     """While the first one waits, runs, and after it has ended."""
     work = await known(bench)
-    call = bench.invocation(work, "/?after_s=5")
+    call = bench.invocation(work, f"/?after_s={bench.long_s}")
     async with going_on(bench, call) as [first]:
         for at in (None, At.REQUEST):
             if at is not None:
@@ -628,7 +632,7 @@ async def a_cancelled_id_never_starts(bench: Bench) -> None:
 async def a_call_that_is_cancelled_while_it_waits_never_starts(bench: Bench) -> None:
     """It is told so at once, and the next in line moves up."""
     work = await known(bench, concurrency=1)
-    calls = [bench.invocation(work, "/?after_s=5"), bench.invocation(work), bench.invocation(work)]
+    calls = [bench.invocation(work, f"/?after_s={bench.long_s}"), bench.invocation(work), bench.invocation(work)]
     async with going_on(bench, *calls) as tasks:
         await until(bench, At.REQUEST)
         assert await bench.node.cancel(calls[1].id) is Ran.NO

@@ -42,6 +42,8 @@ GUESTS = Path(__file__).parent / "guests"
 SERVE = ("-m", "substrate_guest", "serve", "told:app")
 AUDITED = {"SUBSTRATE_AUDIT": "1"}
 WITHIN_S = 60.0
+LONG_S = 1.0
+"""Here it is time that passes."""
 MIB = 128
 STORIES = (
     node_contract.a_guest_gets_the_request_and_its_answer_comes_back,
@@ -138,10 +140,15 @@ async def test_a_node_keeps_its_promises_on_every_monitor(promise: Promise, moni
         def left() -> list[str]:
             return [path.name for path in (tmp_path / "run").iterdir()]
 
-        bench = Bench(node, stages, journal, left, background.create_task, workload=workload, isolation=vmm.isolation)
+        bench = Bench(
+            *(node, stages, journal, left, background.create_task),
+            workload=workload,
+            isolation=vmm.isolation,
+            long_s=LONG_S,
+            going_s=WITHIN_S,
+        )
         if vmm.isolation is not Isolation.PROCESS:
             bench.end_of_exit_3 = "the guest rebooted or shut down"
         await promise(bench)
-        while left():  # noqa: ASYNC110  # what is given back goes behind the caller's back, and tells nobody
-            await asyncio.sleep(0.01)
+        await bench.gone(within_s=WITHIN_S)
         await bench.settled(within_s=0)

@@ -106,6 +106,10 @@ class Bench:
     isolation: Isolation = Isolation.MICROVM
     end_of_exit_3: str = "exit status 3"
     """How the end of a guest is told whose first process exits with 3."""
+    long_s: float = 5.0
+    """Long enough for others to wait for it."""
+    going_s: float = 2.0
+    """As long as a guest may take to go."""
     outcomes: list[Outcome] = field(default_factory=list)
     _minted: int = 0
 
@@ -154,6 +158,12 @@ class Bench:
     def entries(self, invocation_id: str) -> int:
         """How often a guest wrote down that it acts on this invocation."""
         return [noted for noted, _ in self.journal].count(invocation_id)
+
+    async def gone(self, within_s: float) -> None:
+        """Wait until nothing of a call is left. Raises `TimeoutError`."""
+        async with asyncio.timeout(within_s):
+            while self.left():  # noqa: ASYNC110  # what is given back goes behind the caller's back, and tells nobody
+                await asyncio.sleep(0.01)
 
     async def settled(self, within_s: float = SETTLE_S) -> None:
         """Give everything the time to go, and insist that it has gone and that every caller was told the truth."""
