@@ -241,6 +241,13 @@ async def test_a_story_says_what_the_guest_used(running):
     assert {"queue_ms", "claim_ms", "ready_ms", "total_ms"} <= summary.keys()
 
 
+async def test_a_story_counts_the_memory_of_a_process_that_had_ended(running):
+    """A workload's child took 95 MiB and was gone before the reply."""
+    reply = await running.invoke("flows?feast")
+    assert reply.status_code == 200
+    assert 95 <= (await whole_story(running, reply))["summary"]["peak_mib"] < 150
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [

@@ -58,13 +58,13 @@ class Launched:
                 os.close(fd)
 
     def hear(self) -> list[str]:
-        """The fields of the next message but `pid`, without pids, or none when nobody is left to say anything."""
+        """The fields of the next message but `pid`, without pids and memory, or none when nobody is left."""
         fields = ["pid"]
         while fields[0] == "pid":
             fields = self.reports.recv(65_536).decode().split("\t")
         if fields == [""]:
             return []
-        return fields[:-1] if fields[0] in {"up", "ended"} else fields
+        return fields[: {"up": 1, "ended": 2}.get(fields[0])]
 
     def hear_all(self) -> list[list[str]]:
         """All messages to the end."""

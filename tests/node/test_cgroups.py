@@ -12,7 +12,9 @@ from real_parts import needs
 from substrate_guest import isolation
 from substrate_node.processes.cgroups import ControlGroups, NoControlGroups
 from substrate_node.procvm import ProcessVmm
+from substrate_node.procvm.group import GuestGroup
 from substrate_node.procvm.probe import MEMORY_BOUND
+from substrate_node.vmm import Sample
 
 
 @pytest.fixture
@@ -37,6 +39,18 @@ def test_a_guest_is_held_in_a_group_of_its_own(root: Path):
     assert contents(root / "ours" / "g1") == {"memory.max": str(80 * 2**20), "pids.max": "2048"}
     groups.enter("g1", 4711)
     assert contents(root / "ours" / "g1")["cgroup.procs"] == "4711"
+
+
+def test_the_most_that_a_guest_had_at_once_is_what_its_group_says(root: Path):
+    """Whichever of its processes had it and whether they live; a kernel that keeps no such number tells nothing."""
+    groups = ControlGroups.ready("ours", root=root)
+    groups.hold("g1", memory_mib=64, cpus=2)
+    group = GuestGroup(groups, "g1", memory_mib=64, cpus=2)
+    read = Sample(cpu_ms=5.0, peak_mib=7.0)
+    assert group.sampled(read) == read
+    (root / "ours" / "g1" / "memory.peak").write_text(f"{100 * 2**20}\n")
+    assert group.sampled(read) == Sample(cpu_ms=5.0, peak_mib=100.0)
+    assert GuestGroup(None, "g1", memory_mib=64, cpus=2).sampled(read) == read
 
 
 def test_bounds_that_a_kernel_has_files_for_are_set(root: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from node.procvm_rig import GUESTS, ProcessRig, children, process_rig, workload
+from node.procvm_rig import GUESTS, ProcessRig, children, clone_rig, process_rig, workload
 from node.vmm_contract import NOBODY, PROMISES, Greeter, Promise, ask
 from real_parts import needs
 from substrate_guest import confinement
@@ -36,6 +36,8 @@ BELOW_TMP = {
     Path(place).parts[2] for place in (GUESTS, sys.prefix, sys.base_prefix) if Path(place).is_relative_to("/tmp")
 }
 """What a guest has to see there if these tests were put there."""
+
+RigOf = Callable[[Path], AbstractAsyncContextManager[ProcessRig]]
 
 pytestmark = needs("user-namespaces", "pidfd")
 
@@ -272,6 +274,20 @@ async def test_a_sample_counts_what_the_guest_used(rig: ProcessRig):
     assert after.peak_mib is not None
     assert 4 <= after.peak_mib <= 200
     await rig.vmm.discard("g1")
+
+
+@pytest.mark.parametrize("rig_of", [process_rig, clone_rig], ids=["cold", "clone"])
+async def test_what_a_child_took_that_has_ended_is_known_when_its_guest_has(rig_of: RigOf, tmp_path: Path):
+    """Nobody can ask the kernel for it while the guest lives. Who took little is not charged with what others did."""
+    async with rig_of(tmp_path / "run") as rig:
+        for guest_id, feast_mib, told_mib in (("g1", 100, range(100, 160)), ("g2", 1, range(60))):
+            guest = await rig.vmm.boot(rig.workload, guest_id, NOBODY)
+            assert (await ask(guest, f"/feast/{feast_mib}"))[0] == 200
+            living_mib = guest.sample().peak_mib
+            assert living_mib is not None
+            assert living_mib < 100
+            await rig.vmm.discard(guest_id)
+            assert int(guest.exited.result().peak_mib or 0) in told_mib
 
 
 # What cannot be started.

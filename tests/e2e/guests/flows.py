@@ -1,6 +1,7 @@
 """A workload that does what its request says, one way of misbehaving per word."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -29,6 +30,8 @@ def app(request: Request) -> object:
             while time.process_time() < until_s:
                 pass
             return str(len(kept))
+        case "feast":
+            subprocess.run([sys.executable, "-S", "-c", "b'x' * 100_000_000"], check=True)
         case "heard":
             headers = dict(request.headers)
             return {name: headers[name] for name in ("traceparent", "tracestate")}

@@ -63,6 +63,8 @@ def obey(target: str) -> bytes:
             deadline = time.process_time() + float(argument) / 1000
             while time.process_time() < deadline:
                 pass
+        case "feast":
+            subprocess.run([sys.executable, "-I", "-S", "-c", f"b'x' * ({int(argument)} << 20)"], check=True)
         case "orphan":
             leave = "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\ntime.sleep(600)"
             subprocess.run([sys.executable, "-I", "-S", "-c", leave, argument], check=True)

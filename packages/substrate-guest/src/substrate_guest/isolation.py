@@ -7,13 +7,15 @@ command, reaps orphans and ends when the command does.
 Descriptors: 0 is a file with the plan, 1 and 2 the console, 3 and 4 the guest's listening and dialling sockets, 5 a
 SEQPACKET socket to the node, and 6 one for a command that is to be cloned. On 5, fields are parted by tabs: `isolated`
 and a line per measure with why it was not applied; `failed` with what and why; `up` and the command's pid once it runs;
-`ended` with its wait status and pid. After `isolated` the node says `go`; if it is gone instead, nothing is run.
+`ended` with its wait status, its pid and the KiB that it took, or 0. After `isolated` the node says `go`; if it is gone
+instead, nothing is run.
 """
 
 from __future__ import annotations
 
 import marshal
 import os
+import resource
 import sys
 
 from substrate_guest import filetree
@@ -233,13 +235,19 @@ def run(plan: Plan, home: str) -> NoReturn:
     os.closerange(0, REPORT_FD)
     os.closerange(REPORT_FD + 1, CAPTURE_FD + 1)
     be_opaque()  # the command has the same user, and no business in here
-    ended, status = os.wait()
+    own_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ended, status, used = os.wait3(0)
     while ended != command or plan.zygote:
         if plan.zygote:  # its clones are children of this process, and the node knows them by their pids
-            report(f"ended\t{status}\t{ended}")
-        ended, status = os.wait()
-    report(f"ended\t{status}\t{ended}")
+            report(_end(ended, status, used, own_kib))
+        ended, status, used = os.wait3(0)
+    report(_end(ended, status, used, own_kib))
     os._exit(max(os.waitstatus_to_exitcode(status), 1) if status else 0)
+
+
+def _end(pid: int, status: int, used: resource.struct_rusage, own_kib: int) -> str:
+    """What is told of a child's end; of memory nothing if it may be what it had as a copy of this process."""
+    return f"ended\t{status}\t{pid}\t{used.ru_maxrss if used.ru_maxrss > own_kib else 0}"
 
 
 # Measures.

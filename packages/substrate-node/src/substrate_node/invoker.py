@@ -561,6 +561,7 @@ class Claim:
         name, now_s = self._hosted.workload.name, self._shop.clock()
         if exchange is not None and exchange.written:
             sample, error = self._sample or Sample(None, None), exchange.error
+            peaks_mib = [mib for mib in (sample.peak_mib, ended.peak_mib if ended else None) if mib is not None]
             reason, message = (error.reason, error.message) if error is not None else (None, "")
             if self._given_up:  # by its caller: no fault of the guest
                 reason, message = Reason.CANCELLED, "its caller left before the reply was whole"
@@ -576,7 +577,7 @@ class Claim:
                     reason=reason,
                     message=message,
                     cpu_ms=sample.cpu_ms,
-                    peak_mib=sample.peak_mib,
+                    peak_mib=max(peaks_mib, default=None),
                     head_ms=None if exchange.head_s is None else round((exchange.head_s - exchange.started_s) * 1e3, 3),
                     release_ms=0.0 if exchange.ended_s is None else round((now_s - exchange.ended_s) * 1e3, 3),
                 )

@@ -45,10 +45,14 @@ class BaseGone(VmmError):
 
 
 class Exit(Struct, frozen=True):
-    """How a guest ended: in words (`exit status 3`, `killed by SIGKILL`), and the last lines of its console."""
+    """How a guest ended: in words (`exit status 3`, `killed by SIGKILL`), and the last lines of its console.
+
+    `peak_mib` is what its largest process took at once, those counted that had ended; None where that is not told.
+    """
 
     words: str
     console: str = ""
+    peak_mib: float | None = None
 
     @property
     def told(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from substrate_node.processes.procfs import read
+
 NEEDED = {"memory", "pids"}
 WISHED = {"cpu"}
 OVERHEAD_MIB = 16
@@ -59,6 +61,15 @@ class ControlGroups:
     def enter(self, guest_id: str, pid: int) -> None:
         """Have a process in the group of a guest, and whatever it will start. May take many milliseconds."""
         (self._parent / guest_id / "cgroup.procs").write_text(str(pid))
+
+    def peak_mib(self, guest_id: str) -> float | None:
+        """The most memory that a guest has had at once, with the files it has read; None before Linux 5.19.
+
+        Raises nothing.
+        """
+        with suppress(OSError, ValueError):
+            return int(read(f"{self._parent}/{guest_id}/memory.peak")) / 2**20
+        return None
 
     def remove(self, guest_id: str) -> None:
         """Leave nothing of a group, nor of what runs in it; one that is not there is left already."""

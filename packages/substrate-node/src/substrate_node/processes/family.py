@@ -7,11 +7,12 @@ import fcntl
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from substrate_node.processes.namespaces import children_with_own_pids
+from substrate_node.processes.procfs import read
 
 _RETRY_S = 0.002
 _PATIENCE_S = 5.0
@@ -114,6 +115,25 @@ class Family:
         except ChildProcessError:
             return False
         return True
+
+
+def kill_children(parent: int, *, spare: Collection[int | None]) -> None:
+    """Kill the children that a process has now, but for some. Raises nothing, also when it is gone."""
+    with suppress(OSError):
+        for child in map(int, read(f"/proc/{parent}/task/{parent}/children").split()):
+            if child not in spare:
+                _kill_child(child, parent)
+
+
+def _kill_child(pid: int, parent: int) -> None:
+    """Kill a process if it is a child of `parent`, and not another that has got its number."""
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if int(read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1]) == parent:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
 
 
 async def readable(descriptor: int | socket.socket) -> None:

@@ -15,7 +15,7 @@ def sampled(first: int, *, first_is_ours: bool = True) -> Sample:
 
     Counts user and system time of each living process and of the children that each has reaped; orphans are reaped by
     `first`. Memory is the sum of the resident peaks of the living processes, without the first where that is ours:
-    pages that they share count more than once, and what has ended does not count.
+    pages that they share count more than once, and what has ended does not count (see `vmm.Exit`).
     """
     try:
         descendants = _descendants(first)

@@ -17,6 +17,7 @@ from substrate_node.procvm.dials import Dials
 from substrate_node.procvm.door import Door
 from substrate_node.procvm.group import GuestGroup
 from substrate_node.procvm.launch import console_pair
+from substrate_node.procvm.reports import Ended
 from substrate_node.procvm.wire import Born, ZygoteWire
 from substrate_node.vmm import Exit, Inbound, P, Sample, VmmError
 
@@ -34,7 +35,7 @@ class Origin(Protocol):
 
     def adopt(self, clone: Clone) -> None: ...  # noqa: D102
     async def let_go(self, clone: Clone) -> None: ...  # noqa: D102
-    def status(self, inner_pid: int) -> asyncio.Future[int | None]: ...  # noqa: D102
+    def end(self, inner_pid: int) -> asyncio.Future[Ended | None]: ...  # noqa: D102
 
 
 class Clone:
@@ -49,7 +50,7 @@ class Clone:
         self._group = group
         self._answer: asyncio.Future[None] | None = None
         self._pidfd = -1
-        self._status: asyncio.Future[int | None] | None = None
+        self._told: asyncio.Future[Ended | None] | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._theirs = ExitStack()
         with ExitStack() as undo:
@@ -94,7 +95,7 @@ class Clone:
         """See `Guest.sample`, and `usage.sampled` for what is counted."""
         if self.pid is None or self.exited.done():
             return Sample(None, None)
-        return sampled(self.pid, first_is_ours=False)
+        return self._group.sampled(sampled(self.pid, first_is_ours=False))
 
     @property
     def gone(self) -> asyncio.Future[Exit]:
@@ -113,7 +114,7 @@ class Clone:
             await asyncio.wait({self._answer}, timeout=_ANSWERS_WITHIN_S)
             if not self._answer.done():
                 self._origin.wire.close()  # and the zygote is lost, with what it did not tell of
-        if self._status is None:
+        if self._told is None:
             self._end("it never ran")
         self.kill()
         await asyncio.wait({self.exited})
@@ -122,27 +123,30 @@ class Clone:
 
     def _on_born(self, born: Born) -> None:
         self.pid, self._pidfd = born.pid, born.pidfd
-        self._status = self._origin.status(born.inner_pid)
+        self._told = self._origin.end(born.inner_pid)
         asyncio.get_running_loop().add_reader(born.pidfd, self._on_death)
 
     def _on_death(self) -> None:
         """All its processes have ended. How is told by whoever reaps it, a moment before or after."""
-        assert self._status is not None
+        assert self._told is not None
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
-        self._status.add_done_callback(lambda told: self._tell_end(told.result()))
+        self._told.add_done_callback(lambda told: self._tell_end(told.result()))
         self._patience = loop.call_later(_TOLD_WITHIN_S, self._tell_end, None)
 
-    def _tell_end(self, status: int | None) -> None:
-        self._end("an end that nobody was left to see" if status is None else in_words(status))
+    def _tell_end(self, told: Ended | None) -> None:
+        if told is None:
+            self._end("an end that nobody was left to see")
+        else:
+            self._end(in_words(told.status), told.peak_mib)
 
-    def _end(self, words: str) -> None:
+    def _end(self, words: str, peak_mib: float | None = None) -> None:
         if not self.exited.done():
             if self._patience is not None:
                 self._patience.cancel()
             self._console.close()
             self._dials.close()
             self._door.close()
-            self.exited.set_result(Exit(words, self._console.text))
+            self.exited.set_result(Exit(words, self._console.text, peak_mib))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from substrate_node.offloop import off_loop
 from substrate_node.processes.cgroups import ControlGroups
+from substrate_node.vmm import Sample
 
 
 class GuestGroup:
@@ -14,6 +17,16 @@ class GuestGroup:
         self._guest_id = guest_id
         self._memory_mib = memory_mib
         self._cpus = cpus
+
+    @property
+    def peak_mib(self) -> float | None:
+        """See `ControlGroups.peak_mib`. Raises nothing."""
+        return self._groups.peak_mib(self._guest_id) if self._groups is not None else None
+
+    def sampled(self, sample: Sample) -> Sample:
+        """A sample with the peak of the whole group, where the kernel keeps one."""
+        peak_mib = self.peak_mib
+        return sample if peak_mib is None else replace(sample, peak_mib=peak_mib)
 
     async def enter(self, pid: int) -> None:
         """Make it and have the guest's first process in it. Away from the loop: the kernel takes its time."""

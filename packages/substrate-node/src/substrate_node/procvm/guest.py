@@ -15,6 +15,7 @@ from substrate_node.procvm.dials import Dials
 from substrate_node.procvm.group import GuestGroup
 from substrate_node.procvm.launch import Launch
 from substrate_node.procvm.record import RunDirectory
+from substrate_node.procvm.reports import Ended
 from substrate_node.procvm.wire import ZygoteWire
 from substrate_node.vmm import Exit, Inbound, P, Sample, VmmError
 
@@ -97,7 +98,9 @@ class ProcessGuest:
     def sample(self) -> Sample:
         """See `Guest.sample`, and `usage.sampled` for what is counted."""
         pid = self._launch.pid if self._launch is not None else None
-        return Sample(None, None) if pid is None or self.exited.done() else sampled(pid)
+        if self._launch is None or pid is None or self.exited.done():
+            return Sample(None, None)
+        return self._launch.group.sampled(sampled(pid))
 
     @property
     def gone(self) -> asyncio.Future[Exit] | asyncio.Future[None]:
@@ -107,7 +110,7 @@ class ProcessGuest:
     def kill(self) -> None:
         """See `Guest.kill`."""
         if self._launch is not None:
-            self._launch.family.kill()
+            self._launch.kill()
 
     async def destroy(self) -> None:
         """Kill it and leave nothing of it; may be cancelled and begun again."""
@@ -117,9 +120,9 @@ class ProcessGuest:
             self._launch.group.remove()
         await off_loop(self._directory.remove)  # a disk takes its time to remove a directory
 
-    def _on_child_end(self, pid: int, _status: int) -> None:
+    def _on_child_end(self, ended: Ended) -> None:
         """The first process of a zygote outlives it, for the sake of clones, of which there are none yet."""
-        if self._launch is not None and self._launch.command in {pid, None}:
+        if self._launch is not None and self._launch.command in {ended.pid, None}:
             self._launch.family.kill()
 
     def _on_end(self, ended: asyncio.Future[int]) -> None:
@@ -129,5 +132,5 @@ class ProcessGuest:
         self._dials.close()
         if self._wire is not None:
             self._wire.close()
-        status = ended.result() if launch.status is None else launch.status
-        self.exited.set_result(Exit(in_words(status), launch.console.text))
+        told = launch.end or Ended(launch.family.pid, ended.result(), None)
+        self.exited.set_result(Exit(in_words(told.status), launch.console.text, told.peak_mib))

@@ -11,17 +11,20 @@ from contextlib import ExitStack
 from typing import Any
 
 from substrate_node.processes.console import Console
-from substrate_node.processes.family import Family, in_words
+from substrate_node.processes.family import Family, in_words, kill_children
 from substrate_node.procvm.group import GuestGroup
-from substrate_node.procvm.reports import Reports
+from substrate_node.procvm.reports import Ended, Reports
 from substrate_node.vmm import VmmError
+
+_FOLLOWS_WITHIN_S = 0.1
+"""How long the first process of a guest may take to follow its command."""
 
 
 class Launch:
     """A launched process. `isolated` brings it up; whoever holds it kills `family` in the end.
 
-    `pid` is its first process, as soon as that is known. `on_child_end` hears the pid, as the guest counts, and the
-    wait status of the command; where the first process outlives it, also of whatever else ends as a child of that.
+    `pid` is its first process, as soon as that is known. `on_child_end` hears of the end of the command; where
+    the first process outlives it, also of whatever else ends as a child of that.
     """
 
     def __init__(
@@ -42,8 +45,9 @@ class Launch:
         self.group = group
         self.pid: int | None = None
         self.command: int | None = None
-        self.status: int | None = None
-        self.on_child_end: Callable[[int, int], None] = lambda _pid, _status: None
+        self.end: Ended | None = None
+        self.on_child_end: Callable[[Ended], None] = lambda _ended: None
+        self._late: asyncio.TimerHandle | None = None
         self._guest_id = guest_id
         self._record = record
         with ExitStack() as theirs, ExitStack() as undo:
@@ -72,6 +76,17 @@ class Launch:
             return await self._isolated()
         except OSError as error:  # it ended between two of our steps
             raise VmmError(f"boot: guest {self._guest_id} ended: {error}{self._last_words()}") from error
+
+    def kill(self) -> None:
+        """Kill its command, whose end its first process tells and follows; and all of it, if that takes too long.
+
+        Killed at once, nobody would be left to say what memory the command had taken, with what it had waited for.
+        """
+        if self.pid is None or self.command is None or self.group.peak_mib is not None:
+            self.family.kill()
+        elif self._late is None and not self.family.ended.done():
+            kill_children(self.pid, spare=set())
+            self._late = asyncio.get_running_loop().call_later(_FOLLOWS_WITHIN_S, self.family.kill)
 
     def hear_no_more(self) -> None:
         """Close what is left of it here once it has ended."""
@@ -111,10 +126,10 @@ class Launch:
         text = self.console.text
         return f"; its console ends with:\n{text}" if text else ""
 
-    def _child_ended(self, pid: int, status: int) -> None:
-        if pid == self.command or self.command is None:
-            self.status = status
-        self.on_child_end(pid, status)
+    def _child_ended(self, ended: Ended) -> None:
+        if ended.pid == self.command or self.command is None:
+            self.end = ended
+        self.on_child_end(ended)
 
 
 def console_pair() -> tuple[Console, int]:

@@ -7,6 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 MESSAGE_BYTES_MAX = 65_536
 BATCH = 32
@@ -16,14 +17,25 @@ MESSAGES_MAX = 64
 """A launcher says a handful of things; of whoever says more, no more is kept."""
 
 
+class Ended(NamedTuple):
+    """The end of a child of a guest's first process: its pid, as the guest counts, and its wait status.
+
+    `peak_mib` is what the largest process took at once of it and those whose end it has waited for; None if untold.
+    """
+
+    pid: int
+    status: int
+    peak_mib: float | None
+
+
 class Reports:
     """Messages of tab-separated fields over `sock`, a SEQPACKET socket which it owns.
 
     What was said before the end can still be heard after it, so that a guest that ends at once was up none the less.
-    `on_end` hears, at once, the pid and the wait status of whatever the first process has reaped and tells of.
+    `on_end` hears, at once, of whatever the first process has reaped and tells of.
     """
 
-    def __init__(self, sock: socket.socket, *, on_end: Callable[[int, int], None]) -> None:
+    def __init__(self, sock: socket.socket, *, on_end: Callable[[Ended], None]) -> None:
         sock.settimeout(0)
         self._sock = sock
         self._on_end = on_end
@@ -90,9 +102,9 @@ class Reports:
     def _take(self, message: str) -> None:
         kind, _, rest = message.partition("\t")
         if kind == "ended":
-            status, _, pid = rest.partition("\t")
-            if status.isdigit() and pid.isdigit():
-                self._on_end(int(pid), int(status))
+            with suppress(ValueError):
+                status, pid, peak_kib = map(int, rest.split("\t"))
+                self._on_end(Ended(pid, status, peak_kib / 1024 or None))
         elif self._kept < MESSAGES_MAX:
             self._kept += 1
             self._unheard.append(message)

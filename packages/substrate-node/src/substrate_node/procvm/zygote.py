@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from contextlib import suppress
-from pathlib import Path
 
 from substrate_node.offloop import off_loop
+from substrate_node.processes.family import kill_children
 from substrate_node.procvm.clone import Clone
 from substrate_node.procvm.launch import Launch
 from substrate_node.procvm.record import RunDirectory
+from substrate_node.procvm.reports import Ended
 from substrate_node.procvm.wire import ZygoteWire
 
 _EARLY_MAX = 64
@@ -30,8 +28,8 @@ class Zygote:
         self._directory = directory
         self._retired = False
         self._clones: set[Clone] = set()
-        self._ends: dict[int, asyncio.Future[int | None]] = {}  # of living clones, by the pid that the zygote knows
-        self._early: dict[int, int] = {}  # the last that ended before they were known
+        self._ends: dict[int, asyncio.Future[Ended | None]] = {}  # of living clones, by the pid that the zygote knows
+        self._early: dict[int, Ended] = {}  # the last that ended before they were known
         wire.on_lost = self._lose
         launch.on_child_end = self._on_child_end
         launch.family.ended.add_done_callback(self._on_end)
@@ -59,9 +57,9 @@ class Zygote:
         self.wire.close()
         await self._leave_nothing_unless_needed()
 
-    def status(self, inner_pid: int) -> asyncio.Future[int | None]:
-        """The wait status of a clone, once it is told; None if it won't be."""
-        ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+    def end(self, inner_pid: int) -> asyncio.Future[Ended | None]:
+        """The end of a clone, once it is told; None if it won't be."""
+        ended: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
         if inner_pid in self._early:
             ended.set_result(self._early.pop(inner_pid))
         elif self._launch.family.ended.done():
@@ -77,15 +75,15 @@ class Zygote:
             self._launch.group.remove()
             await off_loop(self._directory.remove)  # a disk takes its time to remove a directory
 
-    def _on_child_end(self, pid: int, status: int) -> None:
-        if pid == self._launch.command:
+    def _on_child_end(self, end: Ended) -> None:
+        if end.pid == self._launch.command:
             self.wire.close()  # a child of the zygote may hold the other end open
             return
-        ended = self._ends.pop(pid, None)
+        ended = self._ends.pop(end.pid, None)
         if ended is not None:
-            ended.set_result(status)
+            ended.set_result(end)
             return
-        self._early[pid] = status
+        self._early[end.pid] = end
         if len(self._early) > _EARLY_MAX:
             del self._early[next(iter(self._early))]
 
@@ -102,18 +100,4 @@ class Zygote:
         first = self._launch.pid
         if first is None or self._launch.family.ended.done():
             return
-        with suppress(OSError):
-            children = Path(f"/proc/{first}/task/{first}/children").read_bytes().split()
-            for child in set(map(int, children)) - {clone.pid for clone in self._clones}:
-                _kill_child(child, first)
-
-
-def _kill_child(pid: int, parent: int) -> None:
-    """Kill a process if it is a child of `parent`, and not another that has got its number."""
-    with suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            if int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1]) == parent:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        finally:
-            os.close(pidfd)
+        kill_children(first, spare={clone.pid for clone in self._clones})
