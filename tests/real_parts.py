@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,6 +134,11 @@ def simulation_seeds() -> range:
 def fuzz_examples(plain: int) -> int:
     """How many examples a fuzzer tries that tries `plain` of them in a plain run."""
     return plain * FUZZ_FACTOR if is_full() else plain
+
+
+def steps(stride: int) -> Iterator[int]:
+    """The steps of the loop at which a test interferes: each in a full run, every `stride`-th in a plain one."""
+    return count(1, 1 if is_full() else stride)
 
 
 def demand(item: pytest.Item, parts: Iterable[str]) -> None:

@@ -1,5 +1,7 @@
 """A run tells honestly which parts of the machine it lacked, and a full run insists on them."""
 
+from itertools import islice
+
 import hypothesis
 import pytest
 
@@ -98,3 +100,9 @@ def test_a_full_run_simulates_and_fuzzes_more(said, seeds, examples, monkeypatch
     monkeypatch.setenv("SUBSTRATE_TESTS", said)
     assert len(real_parts.simulation_seeds()) == seeds
     assert real_parts.fuzz_examples(40) == examples
+
+
+@pytest.mark.parametrize(("said", "first"), [("", [1, 4, 7]), ("full", [1, 2, 3])])
+def test_a_full_run_leaves_out_no_step(said, first, monkeypatch):
+    monkeypatch.setenv("SUBSTRATE_TESTS", said)
+    assert list(islice(real_parts.steps(3), 3)) == first

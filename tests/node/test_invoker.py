@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from itertools import count
 from typing import Any
 
 import pytest
 
 from fakes.vmm import At
 from node.house import SLOW, House, at_pass, busy_for, chatter, simulated, workload
+from real_parts import is_full, steps
 from substrate_node.node import NodeTimes
 from substrate_seam.errors import (
     DuplicateInvocation,
@@ -151,10 +151,10 @@ def at_every_pass(
         return heard, undisturbed[0]
 
     answers = []
-    for number in count(1):
+    for number in steps(2):
         heard, undisturbed = simulated(lambda house, number=number: story(house, number), **options)
         if undisturbed:
-            assert len(answers) > 10
+            assert number > 10
             return answers
         answers.append(heard)
     raise AssertionError
@@ -241,7 +241,7 @@ def test_a_node_may_be_closed_at_any_moment(scene: str):
         await due.wait()
         return call, invocation, house
 
-    for number in count(1):
+    for number in steps(2):
         call, invocation, house = simulated(lambda house, number=number: story(house, number), **options)
         heard = call.result()
         if isinstance(heard, bytes):
@@ -856,7 +856,7 @@ def test_a_call_tells_its_whole_story():
 # Many at once.
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(20 if is_full() else 2))
 def test_two_hundred_callers_on_four_slots(seed: int):
     """Some leave, some are fenced, guests die and monitors fail at random: all hear the truth, and nothing is left."""
 

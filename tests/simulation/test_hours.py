@@ -153,7 +153,7 @@ class Days:
         gc.collect()
         yield "objects", len(gc.get_objects())
         yield "tasks", len(asyncio.all_tasks())
-        yield "timers", sum(not timer.cancelled() for timer in loop._scheduled)
+        yield "timers", len(loop.timers())
         yield "connections", len(there.network.connections)
         yield "stories", len(self.stories._stories)
         yield "metrics", len(self.metrics.exposition().splitlines())

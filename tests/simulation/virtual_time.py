@@ -1,4 +1,4 @@
-"""Virtual time: asyncio's own loop, over a selector that moves a clock where it would have waited.
+"""Virtual time: an asyncio loop that moves a clock where another would have waited.
 
 Hours pass in milliseconds, and a seed replays exactly. Outside the clock remain `time.*`, `os.urandom`, threads, and
 every order that hangs on the hash of a string or on an object's address: hand those in, or keep them out.
@@ -7,6 +7,7 @@ every order that hangs on the hash of a string or on an object's address: hand t
 import asyncio
 import gc
 import hashlib
+import heapq
 import selectors
 import threading
 from collections.abc import Callable, Collection, Coroutine, Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Generic, NoReturn, TypeVar
+from weakref import WeakSet
 
 Result = TypeVar("Result")
 
@@ -23,6 +25,8 @@ PASSES_MAX = 1_000_000
 SETTLE_S = 10.0
 """Virtual seconds after the end in which connections may still close and harmless timers run out."""
 
+_ALIKE_S = 1e-7
+"""Timers that lie no further apart are due in one pass, in the order in which they were set."""
 _UNWIND_S = 60.0
 _UNWIND_ROUNDS = 5
 _UNWIND_PASSES = 10_000
@@ -98,7 +102,10 @@ def run(
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer as soon as nothing is ready."""
+    """An event loop whose clock jumps to the next timer as soon as nothing is ready.
+
+    It schedules and turns by itself: a simulation does little else, and asyncio compares its timers in Python.
+    """
 
     def __init__(self, *, time_limit_s: float, passes_max: int) -> None:
         self.passes = 0
@@ -107,14 +114,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._passes_max = passes_max
         self._trace: list[str | float] = []
         self._at_pass: dict[int, list[Callable[[], object]]] = {}
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers_set = 0
         self._tasks_born = 0
+        self._tasks: WeakSet[_Task] = WeakSet()  # asyncio's own holds those of each loop whose garbage waits
         self._reported: list[Exception] = []
         self._must_be_empty: list[tuple[str, Collection[object]]] = []
         self._home_thread = threading.get_ident()
         selector = _NoWaiting()
         super().__init__(selector)
         selector.instead = self._advance
-        self._clock_resolution = 1e-7  # after months a float no longer tells nanoseconds apart, and no timer would fire
         self.set_exception_handler(self._report)
 
     def time(self) -> float:
@@ -165,23 +174,51 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def create_task(self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, **options: Any) -> "_Task":
         """Start a task whose name and hash depend on this run alone."""
         self._tasks_born += 1
-        return _Task(coro, born=self._tasks_born, loop=self, name=name or f"task-{self._tasks_born}", **options)
+        task = _Task(coro, born=self._tasks_born, loop=self, name=name or f"task-{self._tasks_born}", **options)
+        self._tasks.add(task)
+        return task
+
+    def timers(self) -> list[asyncio.TimerHandle]:
+        """List the timers that will fire, the first one first."""
+        return [timer for _, _, timer in sorted(self._timers) if not timer.cancelled()]
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
         """Schedule a callback for the next pass, and note it in the trace."""
+        self._check_closed()
         self._trace.append(_name_of(callback))
-        return super().call_soon(callback, *args, context=context)
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
 
     def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
         """Schedule a callback for a virtual time, and note it in the trace."""
+        self._check_closed()
         self._trace += (when, _name_of(callback))
-        return super().call_at(when, callback, *args, context=context)
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timers_set += 1
+        heapq.heappush(self._timers, (when, self._timers_set, timer))
+        return timer
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
         """Schedule a callback from the loop's own thread; any other is refused, for it keeps its own time."""
         if threading.get_ident() != self._home_thread:
             raise OutsideVirtualTime("a thread called into virtual time: do its work on the loop, or pass in a fake")
         return self.call_soon(callback, *args, context=context)
+
+    def _run_once(self) -> None:
+        """Turn once: move the clock if nothing is ready, then run what is ready or due."""
+        timers, ready = self._timers, self._ready
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
+        wait_s = max(0.0, timers[0][0] - self._now_s) if timers else None
+        self._selector.select(0.0 if ready or self._stopping else wait_s)
+        due_s = self._now_s + _ALIKE_S
+        while timers and timers[0][0] < due_s:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle.cancelled():
+                handle._run()
 
     def _advance(self, timeout_s: float | None) -> None:
         """Stand in for waiting: jump over `timeout_s`, or say why the run cannot go on."""
@@ -212,18 +249,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _pending(self) -> list["_Task"]:
         """List the unfinished tasks in the order of their birth."""
-        return sorted(asyncio.all_tasks(self), key=hash)
+        return sorted((task for task in self._tasks if not task.done()), key=hash)
 
     def _story(self) -> str:
         return "".join(f"\n  task {_whereabouts(task)}" for task in self._pending())
 
     def _leftovers(self) -> list[str]:
         """Describe all that outlived the run: tasks, timers, open generators, and what must be empty."""
-        timers = sorted(timer for timer in self._scheduled if not timer.cancelled())
         generators = (generator for generator in self._asyncgens if generator.ag_frame is not None)
         return [
             *(f"task {_whereabouts(task)}" for task in self._pending()),
-            *(f"timer {timer!r}" for timer in timers),
+            *(f"timer {timer!r}" for timer in self.timers()),
             *(f"async generator {generator.__qualname__}" for generator in generators),
             *(f"{what} {thing!r}" for what, things in self._must_be_empty for thing in things),
         ]
