@@ -1,8 +1,8 @@
 """Guests that mean harm, as functions to be run on each kind of guest; `ATTACKS` lists them.
 
 Each gets a `Stage`: guests to make, of which it may make two of one base, and a place of the host's that no guest may
-touch. What an attack does runs in the guest; what must be true afterwards is asserted here. As a program it makes one,
-named after a directory and an interpreter, as user 65534, on clones.
+touch. What an attack does runs in the guest; what must be true afterwards is asserted here. As a program, started with
+a directory and an interpreter, it makes those it is given the names of, as user 65534, on clones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from textwrap import dedent
@@ -33,6 +34,7 @@ from substrate_node.vmm import Base, Guest
 NOBODY_UID = 65_534
 MEMORY_MIB = 64
 WITHIN_S = 60.0
+ATTACK_WITHIN_S = 120.0
 REFUSED = {"PermissionError", "Read-only file system", "FileNotFoundError", "Function not implemented"}
 
 
@@ -490,17 +492,28 @@ async def attacked(
             await stage.close()
 
 
-def main(home: Path, python: str, name: str) -> None:
-    """Make one attack as an ordinary user, from a place that everybody can read."""
+def main(home: Path, python: str) -> None:
+    """Make attacks as an ordinary user, from a place that everybody can read; prints what each came to, as JSON.
+
+    The name of each is a line of the input; what it came to is a line, empty if nothing has come of it.
+    """
     place = home / "place"
     shutil.copytree(GUESTS, place)
     for package in (substrate_guest, h11):
         shutil.copytree(Path(package.__file__).parent, place / package.__name__)
     os.chown(home, NOBODY_UID, NOBODY_UID)
     confinement.become(NOBODY_UID)
-    attack = next(attack for attack in ATTACKS if attack.__name__ == name)
-    asyncio.run(attacked(attack, home / "run", cloned=True, python=python, place=place))
+    attacks = {attack.__name__: attack for attack in ATTACKS}
+    for line in sys.stdin:
+        name = line.strip()
+        attempt = attacked(attacks[name], home / name / "run", cloned=True, python=python, place=place)
+        try:
+            asyncio.run(asyncio.wait_for(attempt, ATTACK_WITHIN_S))
+        except Exception:  # noqa: BLE001  # whatever it was, the test tells it
+            print(json.dumps(traceback.format_exc()), flush=True)  # noqa: T201  # to the test
+        else:
+            print(json.dumps(""), flush=True)  # noqa: T201  # to the test
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2])
