@@ -6,9 +6,11 @@ import asyncio
 import gc
 import inspect
 import os
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import pytest
+import pytest_asyncio
 import uvloop
 
 _DESCRIPTORS, _THREADS = "/proc/self/fd", "/proc/self/task"
@@ -51,23 +53,35 @@ def nothing_outlives_its_test():
     assert not left, f"left behind: {', '.join(left)}"
 
 
-@pytest.fixture
-async def no_task_outlives_its_test():
-    """Every task that a test, or a fixture that is undone before this one, began has ended."""
+@asynccontextmanager
+async def _no_task_left() -> AsyncIterator[None]:
+    """Every task that began meanwhile has ended."""
+    before = asyncio.all_tasks()
     yield
-    left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    left = [task.get_name() for task in asyncio.all_tasks() - before if task is not asyncio.current_task()]
     assert not left, f"tasks left behind: {', '.join(left)}"
 
 
-def pytest_collection_finish() -> None:
-    """Have the collector pass over what stays for the whole run, thousands of tests and all that they import."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture
+async def no_task_outlives_its_test():
+    """Every task that a test, or a fixture that is undone before this one, began has ended."""
+    async with _no_task_left():
+        yield
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def no_task_outlives_its_test_on_a_shared_loop():
+    """The same where the tests of a module share a loop, and on it what is costly to start."""
+    async with _no_task_left():
+        yield
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Give every asynchronous test the check for tasks, around all its other fixtures."""
     if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
+        marker = item.get_closest_marker("asyncio")
+        shared = marker is not None and marker.kwargs.get("loop_scope") == "module"
+        check = no_task_outlives_its_test_on_a_shared_loop if shared else no_task_outlives_its_test
         outermost = item.fixturenames.index(nothing_outlives_its_test.__name__)
-        item.fixturenames.insert(outermost + 1, no_task_outlives_its_test.__name__)
+        item.fixturenames.insert(outermost + 1, check.__name__)

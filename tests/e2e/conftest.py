@@ -5,15 +5,17 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from e2e.system import System, Table, system, workload
+from e2e.system import System, Table, lent, system, until, workload
 
 GUESTS = Path(__file__).parent / "guests"
+PARKED = 2
 
 Starter = Callable[..., AbstractAsyncContextManager[System]]
 
 
-@pytest.fixture(params=["single", "split"])
+@pytest.fixture(params=["single", "split"], scope="module")
 def kind(request: pytest.FixtureRequest) -> str:
     """`single`: fc-invoke. `split`: cluster-agent and node-daemon."""
     return request.param
@@ -22,14 +24,19 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def table() -> Table:
     """The built-in workloads, and one that misbehaves on demand."""
+    return workloads()
+
+
+def workloads() -> Table:
     return {
         "echo": workload("substrate_guest.workloads.echo:app"),
         "python": workload("substrate_guest.workloads.python:app", memMib=128),
-        "flows": workload("flows:app", path=str(GUESTS), requestTimeout="2s", startTimeout="10s"),
+        "flows": workload("flows:app", path=str(GUESTS), startTimeout="10s"),
+        "hasty": workload("flows:app", path=str(GUESTS), requestTimeout="500ms"),
         "patient": workload("flows:app", path=str(GUESTS), requestTimeout="60s"),
         "narrow": workload("flows:app", path=str(GUESTS), concurrency=1, queue=1, startTimeout="5s"),
         "dies": {"command": ["python", "-c", "import sys; sys.exit('no such model')"], "memMib": 64},
-        "parked": workload("substrate_guest.workloads.echo:app", pool=2),
+        "parked": workload("substrate_guest.workloads.echo:app", pool=PARKED),
     }
 
 
@@ -43,14 +50,16 @@ def start(kind: str, tmp_path: Path, table: Table) -> Starter:
     return starter
 
 
-@pytest.fixture
-async def running(start: Starter) -> AsyncIterator[System]:
-    """A running system; whatever the test did, nothing of its guests is left but parked ones."""
-    async with start() as started:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(kind: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    """A system for all tests of a module that leave it as it was; its pool is full."""
+    async with system(kind, tmp_path_factory.mktemp(kind), workloads()) as started:
+        await until(lambda: len(started.node.seen("guest.parked")) == PARKED)
         yield started
-        await started.at_rest(parked=2)
-        stale = [line for process in started.processes for line in process.other_lines]
-        assert not stale, stale
-        for process in started.processes:
-            assert not process.seen("defect.found")
-            assert not process.seen("cleanup.failed")
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def running(shared: System) -> AsyncIterator[System]:
+    """A running system; whatever the test did, nothing of its guests is left but parked ones."""
+    async with lent(shared, parked=PARKED) as mine:
+        yield mine

@@ -7,9 +7,10 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -29,10 +30,11 @@ def workload(module: str, **fields: object) -> dict[str, object]:
 
 @dataclass
 class Process:
-    """One daemon: what it logged, and the addresses it said it listens on."""
+    """One daemon: what it logged, all of it and since `forget`, and the addresses it said it listens on."""
 
     name: str
     child: asyncio.subprocess.Process
+    logged: list[dict[str, object]] = field(default_factory=list)
     events: list[dict[str, object]] = field(default_factory=list)
     other_lines: list[str] = field(default_factory=list)
     started: bool = False
@@ -45,6 +47,7 @@ class Process:
         except ValueError:
             self.other_lines.append(line.decode("utf-8", "replace"))
             return
+        self.logged.append(event)
         self.events.append(event)
         if event["event"] == "daemon.started":
             self.url, self.admin_url = f"http://{event['listen']}", f"http://{event['admin']}"
@@ -53,6 +56,16 @@ class Process:
     def seen(self, name: str) -> list[dict[str, object]]:
         """The events of that name so far."""
         return [event for event in self.events if event["event"] == name]
+
+    def forget(self) -> None:
+        """Begin a new story; only `logged` knows of what was before."""
+        self.events.clear()
+
+    def is_idle(self) -> bool:
+        """Whether, by what it logged, every call has ended and every slot is free again."""
+        counts = Counter(event["event"] for event in self.logged)
+        pairs = (("invocation.accepted", "invocation.ended"), ("slot.taken", "slot.freed"))
+        return all(counts[begun] == counts[ended] for begun, ended in pairs)
 
     def signal(self, sig: int) -> None:
         self.child.send_signal(sig)
@@ -73,6 +86,7 @@ class System:
     journal_path: Path
     mark: str
     client: httpx.AsyncClient
+    entries_before: int = 0
 
     @property
     def processes(self) -> list[Process]:
@@ -86,7 +100,7 @@ class System:
     def journal(self) -> list[tuple[str, int]]:
         """Who acted: invocation id and attempt, in order."""
         lines = self.journal_path.read_text().splitlines() if self.journal_path.exists() else []
-        return [(line.split()[0], int(line.split()[1])) for line in lines]
+        return [(line.split()[0], int(line.split()[1])) for line in lines[self.entries_before :]]
 
     def guests(self) -> list[int]:
         """The processes of this machine that belong to guests of this system."""
@@ -97,9 +111,10 @@ class System:
         await until(self.journal)
 
     async def at_rest(self, *, parked: int = 0) -> None:
-        """Wait until no guest is left but `parked` ones: no process, no run directory."""
+        """Wait until no guest is left but `parked` ones: no process, no run directory; and no call, and no slot."""
         run = self.state_root / "run"
         await until(lambda: len(list(run.iterdir())) <= parked and (parked or not self.guests()))
+        await until(lambda: all(process.is_idle() for process in self.processes))
 
 
 async def until(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
@@ -184,8 +199,31 @@ async def system(
             await started(front)
         else:
             front, node = await _split(stack, directory, listening, front_env, node_env, settings)
-        client = await stack.enter_async_context(httpx.AsyncClient(timeout=60.0, trust_env=False))
+        client = await stack.enter_async_context(opened_client())
         yield System(front, node, state_root, journal_path, mark, client)
+
+
+def opened_client() -> httpx.AsyncClient:
+    """A client that waits as long as a test may have to on a busy machine."""
+    return httpx.AsyncClient(timeout=60.0, trust_env=False)
+
+
+@asynccontextmanager
+async def lent(shared: System, *, parked: int) -> AsyncIterator[System]:
+    """A running system for one test: with a client of its own, and told only of what happens within the block.
+
+    It is given back as it was lent: at rest but for `parked` guests, and content.
+    """
+    for process in shared.processes:
+        process.forget()
+    async with opened_client() as client:
+        mine = replace(shared, client=client, entries_before=shared.entries_before + len(shared.journal()))
+        yield mine
+        await mine.at_rest(parked=parked)
+    for process in shared.processes:
+        assert not process.other_lines, process.other_lines
+        assert not process.seen("defect.found")
+        assert not process.seen("cleanup.failed")
 
 
 async def _split(

@@ -13,7 +13,7 @@ import pytest
 from e2e.system import System, until
 from real_parts import needs
 
-pytestmark = needs("user-namespaces", "pidfd")
+pytestmark = [needs("user-namespaces", "pidfd"), pytest.mark.asyncio(loop_scope="module")]
 
 
 async def run_python(running: System, code: str, **fields: object) -> dict[str, object]:
@@ -75,7 +75,6 @@ async def test_every_answer_says_where_it_came_from(running):
 
 async def test_a_parked_guest_is_used_and_replaced(running):
     """With a pool a call finds a guest that stands ready."""
-    await until(lambda: running.node.seen("guest.parked"))
     reply = await running.invoke("parked")
     assert reply.headers["fc-start"] == "pool"
     reply = await running.invoke("parked", headers={"fc-require-start": "cold"})
@@ -109,7 +108,7 @@ FAILURES = [
     ("/invoke/echo", {"headers": {"host": "evil.example"}}, 403, "forbidden", "no"),
     ("/invoke/echo", {"headers": {"origin": "https://evil.example"}}, 403, "forbidden", "no"),
     ("/invoke/echo", {"content": b"x" * 9_000_000}, 413, "body-too-large", "no"),
-    ("/invoke/flows?sleep", {}, 504, "guest-timeout", "maybe"),
+    ("/invoke/hasty?sleep", {}, 504, "guest-timeout", "maybe"),
     ("/invoke/flows?die-before", {}, 502, "guest-failed", "maybe"),
 ]
 
@@ -129,7 +128,7 @@ async def test_each_failure_is_told_as_documented(running):
 @pytest.mark.parametrize(("what", "status"), [("sleep", 504), ("die-before", 502)])
 async def test_a_call_that_failed_is_told_of_its_guest_as_its_reply_would_have(running, what, status):
     """How it was started, where, how well it was kept apart, and where the time went."""
-    reply = await running.invoke(f"flows?{what}")
+    reply = await running.invoke(f"hasty?{what}")
     assert reply.status_code == status
     assert [reply.headers[name] for name in OF_THE_GUEST[:3]] == ["cold", "node-1", "process"]
     assert "ready;dur=" in reply.headers["server-timing"]
@@ -199,7 +198,7 @@ async def test_when_the_caller_leaves_the_guest_is_killed(running, stage):
         await running.acted()
         if stage == "head":
             call.cancel()
-    await until(lambda: running.node.seen("guest.gone"), within_s=1.5)  # its time limit is 2 s: that does not end it
+    await until(lambda: running.node.seen("guest.gone"), within_s=5.0)  # its time limit is 10 s: that does not end it
 
 
 async def leave_within(running: System, what: str, stage: str) -> None:
@@ -252,7 +251,7 @@ async def test_a_story_counts_the_memory_of_a_process_that_had_ended(running):
     ("what", "words"),
     [
         ("die-before", "it ended by itself: exit status 3"),
-        ("sleep", "its node ended it: the guest did not finish within 2.0 s"),
+        ("sleep", "its node ended it: the guest did not finish within 0.5 s"),
         ("leave", "its node ended it: its caller left before the reply was whole"),
     ],
 )
@@ -262,7 +261,7 @@ async def test_explain_says_who_ended_the_guest_and_why(running, what, words):
         async with running.client.stream("POST", running.front.url + "/invoke/flows?endless") as reply:
             await anext(reply.aiter_bytes())
     else:
-        reply = await running.invoke(f"flows?{what}")
+        reply = await running.invoke(f"hasty?{what}")
     await until(lambda: running.node.seen("slot.freed"), within_s=30.0)
     explain = ["-m", "fc_invoke", "explain", reply.headers["fc-invocation-id"], "--admin-url", running.front.admin_url]
     said = await asyncio.create_subprocess_exec(sys.executable, *explain, stdout=asyncio.subprocess.PIPE)

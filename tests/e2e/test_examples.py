@@ -3,46 +3,58 @@
 import asyncio
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import yaml
 
-from e2e.system import System, system, until
+from e2e.system import System, lent, system, until
 from real_parts import needs
 
 ROOT = Path(__file__).parents[2]
 TABLE = yaml.safe_load((ROOT / "examples" / "workloads.yaml").read_text())
 WARM = sum(entry.get("warmBase", False) for entry in TABLE.values())
 
+SHARED = pytest.mark.asyncio(loop_scope="module")
+
 pytestmark = needs("user-namespaces", "pidfd")
 
 
-@pytest.fixture
-async def running(kind, tmp_path):
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(kind, tmp_path_factory):
     """A system with the example table, its paths made absolute because it is copied."""
     table = {name: dict(entry) for name, entry in TABLE.items()}
     for entry in table.values():
         if "path" in entry:
             entry["path"] = str(ROOT / "examples" / entry["path"])
-    async with system(kind, tmp_path, table) as started:
+    async with system(kind, tmp_path_factory.mktemp(kind), table) as started:
+        await until(lambda: len(started.node.seen("base.built")) == WARM, within_s=120.0)
         yield started
-        await started.at_rest(parked=1 + WARM)  # what a workload starts warm from stays
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def running(shared):
+    """That system for one test; what a workload starts warm from stays."""
+    async with lent(shared, parked=1 + WARM) as mine:
+        yield mine
+
+
+@SHARED
 async def test_the_example_greets(running: System):
     """A session reaches the workload, and its answer comes back as JSON."""
     reply = await running.invoke("greet", session="ada")
     assert reply.json() == {"greeting": "Hello, ada!"}
 
 
+@SHARED
 async def test_the_example_table_runs_python(running: System):
     """The real input of this system, through either wiring."""
     reply = await running.invoke("python", body=b'{"code": "print(6*7)"}')
     assert reply.json()["stdout"] == "42\n"
 
 
+@SHARED
 async def test_an_agents_tool_tells_what_ran_and_what_did_not(running: System):
     """Success, failing code, late code, a refusal by the guest and one by the front, and a guest that dies."""
     tool = await asyncio.create_subprocess_exec(
@@ -59,11 +71,10 @@ async def test_an_agents_tool_tells_what_ran_and_what_did_not(running: System):
     assert shown["it died"].startswith("it may have run: ")
 
 
+@SHARED
 async def test_a_scanner_is_primed_once_and_its_calls_start_warm(running: System):
     """The receipt tells what that saves: the whole time of the prime."""
     text = (ROOT / "examples/scanner/settings.txt").read_bytes()
-    built = partial(running.node.seen, "base.built")
-    await until(lambda: any(event["workload"] == "scan" for event in built()), within_s=120.0)
     warm = await running.invoke("scan", body=text, headers={"fc-require-start": "warm"})
     cold = await running.invoke("scan-cold", body=text)
     for reply in (warm, cold):
@@ -74,6 +85,7 @@ async def test_a_scanner_is_primed_once_and_its_calls_start_warm(running: System
     assert ready_ms[0] * 2 < ready_ms[1]
 
 
+@SHARED
 async def test_each_tick_is_seen_before_the_next_is_made(running: System):
     """The guest sleeps between them, so what came together was not held back."""
     async with running.client.stream("POST", running.front.url + "/invoke/ticker/3") as reply:
@@ -81,6 +93,7 @@ async def test_each_tick_is_seen_before_the_next_is_made(running: System):
     assert pieces == [b"tick 0\n", b"tick 1\n", b"tick 2\n"]
 
 
+@SHARED
 async def test_an_unmodified_asgi_application_is_served_with_its_lifespan(running: System):
     url = running.front.url + "/http/shop/items/"
     assert (await running.client.get(url + "tea?count=2")).json() == {"item": "tea", "price": 6}
