@@ -1,5 +1,7 @@
 """A developer saves, and the next call runs what was saved; what is wrong is told there and to callers."""
 
+import asyncio
+import json
 import os
 import signal
 import socket
@@ -129,6 +131,52 @@ def test_what_it_says_into_a_file_there_is_no_change(home):
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
     assert set(before) == {str(home / "app.py"), str(home / "nohup.out")}
     assert (home / "nohup.out").read_text() == "1\n"
+
+
+async def test_a_log_of_its_own_in_the_folder_it_serves_costs_no_priming(home, tmp_path):
+    """Neither its lines nor the calls that they tell of; a save does, once."""
+    (tmp_path / "tmp").mkdir()
+    (home / "app.py").write_text("def app(request):\n    return 'one'")
+    said = home / "dev.log"
+
+    def told(name):
+        return [event for event in map(json.loads, said.read_text().split("\n")[:-1]) if event["event"] == name]
+
+    with said.open("w") as log:
+        arguments = ["dev", "app:app", "--json", "--port=0", "--admin-port=0"]
+        environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+        running = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fc_invoke", *arguments), stdout=log, stderr=log, cwd=home, env=environment
+        )
+        try:
+            await until(lambda: told("daemon.started"), within_s=60)
+            url = f"http://{told('daemon.started')[0]['listen']}"
+            async with httpx.AsyncClient(base_url=url, timeout=60.0, trust_env=False) as client:
+                answers = [(await client.post("/invoke/app")).text for _ in range(3)]
+                assert len(told("base.built")) == 1
+                (home / "app.py").write_text("def app(request):\n    return 'two'")
+                answers += [(await client.post("/invoke/app")).text for _ in range(3)]
+                assert len(told("base.built")) == 2
+        finally:
+            running.send_signal(signal.SIGINT)
+            assert await running.wait() == 0
+    assert answers == ["one"] * 3 + ["two"] * 3
+    assert len(said.read_text().splitlines()) > 12
+
+
+def test_what_a_daemon_says_into_a_file_of_a_workload_makes_no_other_base(home):
+    """A reload would prime anew all that have its log below their `path`; what others write there counts."""
+    (home / "app.py").write_text("def app(request):\n    return b''")
+    code = (
+        "import sys\nfrom substrate_node.procvm.inputs import Inputs\n"
+        "inputs, about = Inputs(), {'interpreter': sys.executable, 'argv': (), 'env': {}, 'memory_mib': 64}\n"
+        "for _ in range(2):\n    print(inputs.key(sys.argv[1], **about), flush=True)\n"
+        "open(sys.argv[1] + '/other.log', 'w').close()\nprint(inputs.key(sys.argv[1], **about))"
+    )
+    with (home / "nohup.out").open("w") as out:
+        subprocess.run([sys.executable, "-c", code, str(home)], stdout=out, check=True)
+    before, after, with_another = (home / "nohup.out").read_text().split()
+    assert before == after != with_another
 
 
 async def test_a_file_that_changes_all_the_time_is_told(serve, home):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+
+from substrate_node.procvm.inputs import own_output
 
 PASSED_OVER = {"__pycache__", "node_modules"}
 """Folders in which nobody writes by hand; those whose name begins with a dot are passed over too."""
@@ -16,22 +17,12 @@ Sight = dict[str, tuple[int, int, int]]
 def seen(directory: str) -> Sight:
     """Every file below a directory as it is now, but for those of virtual environments. Blocks; never raises.
 
-    What this process itself says into a file there is no change: each would bring about the next.
+    What this process itself says into a file there is no change (see `own_output`).
     """
-    return dict(_files(directory, _own_output()))
+    return dict(_files(directory, own_output()))
 
 
-def _own_output() -> set[tuple[int, int]]:
-    """Device and inode of standard output and errors, as far as they are open."""
-    own = set()
-    for stream in (1, 2):
-        with suppress(OSError):
-            status = os.fstat(stream)
-            own.add((status.st_dev, status.st_ino))
-    return own
-
-
-def _files(directory: str, passed_over: set[tuple[int, int]]) -> Iterator[tuple[str, tuple[int, int, int]]]:
+def _files(directory: str, passed_over: frozenset[tuple[int, int]]) -> Iterator[tuple[str, tuple[int, int, int]]]:
     try:
         with os.scandir(directory) as found:
             entries = list(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import file_digest, sha256
 
 import msgspec
@@ -16,19 +17,36 @@ _Seen = tuple[int, int, int]
 """Inode, size in bytes and time of the last change in nanoseconds: while they stay, so does what is in a file."""
 
 
+def own_output() -> frozenset[tuple[int, int]]:
+    """Device and inode of this process's standard output and errors, as far as they are open.
+
+    A file that it writes while it serves is nobody's input: each line would ask for a new base, which tells of itself.
+    """
+    own = set()
+    for stream in (1, 2):
+        with suppress(OSError):
+            status = os.fstat(stream)
+            own.add((status.st_dev, status.st_ino))
+    return frozenset(own)
+
+
 class Inputs:
     """Digests of workloads' inputs. What is in each file is read once, and again when the file has changed.
+
+    What this process itself writes to (see `own_output`) is passed over.
 
     Its methods read files and may take long: use it away from the loop, in one thread at a time.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[_Seen, str]] = {}
+        self._own: frozenset[tuple[int, int]] = frozenset()
 
     def key(
         self, tree: str | None, *, interpreter: str, argv: Sequence[str], env: Mapping[str, str], memory_mib: int
     ) -> str:
         """The digest, in hex, of the files below `tree`, the interpreter, and how it is started. Raises `OSError`."""
+        self._own = own_output()
         members = {
             "tree": [] if tree is None else list(self._entries(tree, "")),
             "interpreter": (interpreter, self._content(interpreter, os.stat(interpreter))),  # noqa: PTH116
@@ -54,6 +72,8 @@ class Inputs:
                     yield from self._entries(root, f"{name}/")
             elif entry.is_file():
                 status = entry.stat()
+                if (status.st_dev, status.st_ino) in self._own:
+                    continue
                 kind = "program" if status.st_mode & stat.S_IXUSR else "file"
                 yield name, kind, self._content(entry.path, status)
 
