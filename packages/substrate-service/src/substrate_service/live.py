@@ -45,7 +45,7 @@ class Live:
     """An `Emit` that keeps what happened lately. `clock` gives seconds, `wall_ms` milliseconds since the epoch.
 
     Calls are counted by what their callers were told; in a daemon without a front, by their exchanges with guests. A
-    start counts once a guest was claimed; where that is told elsewhere, once its reply has begun.
+    start counts once a guest was claimed; where that is told elsewhere, once its reply or its error is here.
     """
 
     def __init__(self, *, clock: Callable[[], float], wall_ms: Callable[[], int]) -> None:
