@@ -1,9 +1,9 @@
 // What a web page can try to reach a daemon on its reader's machine, and what it learns. `base` is the origin it
 // aims at, `path` a path that would start a guest, or one that would tell it something.
 async function attack(base, path) {
-  const url = base + path, learned = {};
+  const url = base + path, learned = {}, tried = [];
   const within = (ms, promise) => Promise.race([promise, new Promise(done => setTimeout(() => done("nothing"), ms))]);
-  const told = async (name, request) => {
+  const answered = async (name, request) => {
     try {
       const answer = await within(3000, request());
       if (answer === "nothing") learned[name] = "nothing";
@@ -11,6 +11,7 @@ async function attack(base, path) {
       else learned[name] = answer instanceof Response ? "nothing" : `${answer}`;
     } catch { learned[name] = "nothing"; }
   };
+  const told = (name, request) => tried.push(answered(name, request));
   const added = (name, fields, settled) => within(3000, new Promise(done => {
     const made = Object.assign(document.createElement(name), fields);
     made.onload = () => done(settled(made));
@@ -22,34 +23,34 @@ async function attack(base, path) {
   };
 
   const plain = {"content-type": "text/plain"};
-  await told("simple post", () => fetch(url, {method: "POST", headers: plain, body: "x"}));
-  await told("opaque post", () => fetch(url, {method: "POST", mode: "no-cors", body: "x"}));
-  await told("post that outlives its page", () => fetch(url, {method: "POST", mode: "no-cors", keepalive: true, body: "x"}));
-  await told("post with credentials", () => fetch(url, {method: "POST", credentials: "include", body: "x"}));
-  await told("preflight for json", () => fetch(url, {method: "POST", headers: {"content-type": "application/json"}, body: "{}"}));
-  await told("preflight for a header", () => fetch(url, {method: "POST", headers: {"fc-session": "s"}, body: "x"}));
-  await told("preflight for a method", () => fetch(url, {method: "PUT", body: "x"}));
-  await told("simple get", () => fetch(url));
-  await told("opaque get", () => fetch(url, {mode: "no-cors"}));
-  await told("beacon", async () => { navigator.sendBeacon(url, "x"); return "nothing"; });
-  await told("image", () => added("img", {src: url}, made => `an image of ${made.width} pixels`));
-  await told("script", () => added("script", {src: url}, () => "a script"));
-  await told("module", () => import(url).then(() => "a module"));
-  await told("style sheet", () => added("link", {rel: "stylesheet", href: url}, made => `${made.sheet?.cssRules.length} rules`));
-  await told("frame", () => added("iframe", {src: url}, framed));
-  await told("object", () => added("object", {data: url}, framed));
-  await told("events", () => new Promise(done => {
+  told("simple post", () => fetch(url, {method: "POST", headers: plain, body: "x"}));
+  told("opaque post", () => fetch(url, {method: "POST", mode: "no-cors", body: "x"}));
+  told("post that outlives its page", () => fetch(url, {method: "POST", mode: "no-cors", keepalive: true, body: "x"}));
+  told("post with credentials", () => fetch(url, {method: "POST", credentials: "include", body: "x"}));
+  told("preflight for json", () => fetch(url, {method: "POST", headers: {"content-type": "application/json"}, body: "{}"}));
+  told("preflight for a header", () => fetch(url, {method: "POST", headers: {"fc-session": "s"}, body: "x"}));
+  told("preflight for a method", () => fetch(url, {method: "PUT", body: "x"}));
+  told("simple get", () => fetch(url));
+  told("opaque get", () => fetch(url, {mode: "no-cors"}));
+  told("beacon", async () => { navigator.sendBeacon(url, "x"); return "nothing"; });
+  told("image", () => added("img", {src: url}, made => `an image of ${made.width} pixels`));
+  told("script", () => added("script", {src: url}, () => "a script"));
+  told("module", () => import(url).then(() => "a module"));
+  told("style sheet", () => added("link", {rel: "stylesheet", href: url}, made => `${made.sheet?.cssRules.length} rules`));
+  told("frame", () => added("iframe", {src: url}, framed));
+  told("object", () => added("object", {data: url}, framed));
+  told("events", () => new Promise(done => {
     const source = new EventSource(url);
     source.onopen = source.onmessage = () => done("events");
     source.onerror = () => { source.close(); done("nothing"); };
   }));
-  await told("web socket", () => new Promise(done => {
+  told("web socket", () => new Promise(done => {
     const socket = new WebSocket(url.replace("http", "ws"));
     socket.onopen = () => done("a socket");
     socket.onerror = () => done("nothing");
   }));
   for (const enctype of ["text/plain", "multipart/form-data", "application/x-www-form-urlencoded"])
-    await told(`form as ${enctype}`, () => {
+    told(`form as ${enctype}`, () => {
       const target = `frame-${Math.random()}`, frame = Object.assign(document.createElement("iframe"), {name: target});
       document.body.append(frame);
       const form = Object.assign(document.createElement("form"), {action: url, method: "post", enctype, target});
@@ -58,5 +59,6 @@ async function attack(base, path) {
       form.submit();
       return within(3000, new Promise(done => { frame.onload = () => done(framed(frame)); }));
     });
+  await Promise.all(tried);
   return learned;
 }

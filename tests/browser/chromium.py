@@ -57,9 +57,18 @@ class Browser:
             raise Refused(f"{method}: {told['error']['message']}")
         return told["result"]
 
-    async def tab(self, *, width: int = 1180, height: int = 900) -> Tab:
+    @asynccontextmanager
+    async def stranger(self) -> AsyncIterator[Tab]:
+        """A tab whose reader has never been anywhere, for the length of the block: nothing of it is kept."""
+        context = (await self.do("Target.createBrowserContext"))["browserContextId"]
+        try:
+            yield await self.tab(browserContextId=context)
+        finally:
+            await self.do("Target.disposeBrowserContext", browserContextId=context)
+
+    async def tab(self, *, width: int = 1180, height: int = 900, **where: str) -> Tab:
         """A new tab of that size in pixels, in UTC and English."""
-        target = (await self.do("Target.createTarget", url="about:blank"))["targetId"]
+        target = (await self.do("Target.createTarget", url="about:blank", **where))["targetId"]
         session = (await self.do("Target.attachToTarget", targetId=target, flatten=True))["sessionId"]
         tab = self._tabs[session] = Tab(self, session)
         for domain in ("Page", "Runtime", "Log", "Network"):

@@ -7,13 +7,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from browser.chromium import Tab, chromium
-from e2e.system import System, system, until, workload
+from browser.chromium import Browser, Tab, chromium
+from e2e.system import System, lent, system, until, workload
 from real_parts import needs
 from service.loopback import answer, served, whole_body
 
-pytestmark = needs("chromium")
+pytestmark = [needs("chromium"), pytest.mark.asyncio(loop_scope="module")]
 
 ATTACK = (Path(__file__).parent / "attack.js").read_text()
 REBOUND = "rebound.example"
@@ -34,13 +35,22 @@ async def stranger() -> AsyncIterator[int]:
         yield site.port
 
 
-@pytest.fixture
-async def developer(tmp_path: Path) -> AsyncIterator[tuple[System, Tab]]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def machine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[System, Browser]]:
     """A developer's machine: a daemon that anybody on it may call, and a browser in which every name leads to it."""
     table = {"echo": workload("substrate_guest.workloads.echo:app")}
     everywhere = "--host-resolver-rules=MAP *.example 127.0.0.1"
-    async with system("single", tmp_path, table) as running, chromium(tmp_path, everywhere) as browser:
-        yield running, await browser.tab()
+    place = tmp_path_factory.mktemp("machine")
+    async with system("single", place, table) as running, chromium(place, everywhere) as browser:
+        yield running, browser
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def developer(machine: tuple[System, Browser]) -> AsyncIterator[tuple[System, Tab]]:
+    """That machine for one test, which finds it at rest and leaves it so; its browser has been nowhere."""
+    shared, browser = machine
+    async with lent(shared, parked=0) as running, browser.stranger() as tab:
+        yield running, tab
 
 
 async def attacked(tab: Tab, base: str, path: str) -> dict[str, str]:
@@ -121,15 +131,20 @@ async def test_a_name_that_was_rebound_to_this_machine_starts_no_guest_and_learn
 async def test_the_same_requests_do_start_guests_when_no_browser_sends_them(developer):
     """So that it is the browser's own fields that give a page away, and that this file can fail."""
     running, _ = developer
+
+    async def ended() -> int:
+        return int((await running.client.get(running.front.admin_url + "/v1/live")).json()["traffic"]["ended"])
+
+    before = await ended()
     for method, path in (("POST", "/invoke/echo"), ("GET", "/http/echo/any/path"), ("PUT", "/http/echo/any/path")):
         reply = await running.client.request(method, running.front.url + path, content=b"x")
         assert (reply.status_code, "fc-error" in reply.headers) == (200, False), reply.text
     assert len(running.journal()) == 3
     await until(lambda: len(running.front.seen("invocation.ended")) == 3)  # told once the caller has its answer
-    assert (await running.client.get(running.front.admin_url + "/v1/live")).json()["traffic"]["ended"] == 3
+    assert await ended() == before + 3
 
 
-async def test_a_listener_that_turns_nobody_away_is_reached_in_all_these_ways(tmp_path):
+async def test_a_listener_that_turns_nobody_away_is_reached_in_all_these_ways(developer):
     """The attack is a real one: an open door is found, and its secret read."""
     came: list[tuple[str, str]] = []
 
@@ -144,8 +159,8 @@ async def test_a_listener_that_turns_nobody_away_is_reached_in_all_these_ways(tm
                    (b"access-control-allow-methods", b"*"), (b"content-type", b"text/javascript")]  # fmt: skip
         await answer(send, body=b"'a secret'", headers=allowed)
 
-    async with stranger() as port, served(open_door) as door, chromium(tmp_path) as browser:
-        tab = await browser.tab()
+    _, tab = developer
+    async with stranger() as port, served(open_door) as door:
         await tab.open(f"http://localhost:{port}/")
         learned = await attacked(tab, f"http://127.0.0.1:{door.port}", "/invoke/echo")
     read = ("simple post", "simple get", "preflight for json", "preflight for a header", "preflight for a method")

@@ -8,30 +8,55 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from browser.chromium import Tab, chromium
-from e2e.system import System, system, workload
+from browser.chromium import Browser, Tab, chromium
+from e2e.system import System, Table, lent, system, workload
 from real_parts import needs
 
-pytestmark = needs("chromium")
+pytestmark = [needs("chromium"), pytest.mark.asyncio(loop_scope="module")]
+
+
+def table() -> Table:
+    return {
+        "echo": workload("substrate_guest.workloads.echo:app", pool=1),
+        "dies": {"command": ["python", "-c", "import sys; sys.exit('no such model')"], "memMib": 64},
+    }
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Browser]:
+    """One for all: every test has a tab that has never been anywhere."""
+    async with chromium(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
 
 
 @pytest.fixture
-def reading(tmp_path: Path) -> Callable[..., object]:
-    """Starts a system and opens its page; afterwards its console must have stayed silent."""
+def reading(tmp_path: Path, browser: Browser) -> Callable[..., object]:
+    """Starts a system and opens its page."""
 
     @asynccontextmanager
     async def opened(kind: str = "single", **settings: str) -> AsyncIterator[tuple[System, Tab]]:
-        table = {
-            "echo": workload("substrate_guest.workloads.echo:app", pool=1),
-            "dies": {"command": ["python", "-c", "import sys; sys.exit('no such model')"], "memMib": 64},
-        }
-        async with system(kind, tmp_path, table, **settings) as running, chromium(tmp_path) as browser:
-            tab = await browser.tab()
+        async with system(kind, tmp_path, table(), **settings) as running, browser.stranger() as tab:
             await tab.open(running.front.admin_url + "/")
             yield running, tab
 
     return opened
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    """A system for all tests that do not mind what was called before."""
+    async with system("single", tmp_path_factory.mktemp("system"), table()) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def read(shared: System, browser: Browser) -> AsyncIterator[tuple[System, Tab]]:
+    """That system and its page."""
+    async with lent(shared, parked=1) as running, browser.stranger() as tab:
+        await tab.open(running.front.admin_url + "/")
+        yield running, tab
 
 
 def row(table: str, first: str) -> str:
@@ -88,44 +113,44 @@ async def test_a_daemon_that_falls_silent_is_told_and_one_that_is_back_is_shown_
         assert "last heard" in await tab.value("at('clock').innerText")
 
 
-async def test_the_page_loads_nothing_but_itself_and_asks_nobody_else(reading):
-    async with reading() as (running, tab):
-        await tab.until("at('state').innerText === 'ready'")
-        urls = {url for _, url in tab.sent if not url.startswith("data:")}
-        assert urls == {running.front.admin_url + path for path in ("/", "/v1/live", "/readyz")}
-        assert {method for method, _ in tab.sent} == {"GET"}
+async def test_the_page_loads_nothing_but_itself_and_asks_nobody_else(read):
+    running, tab = read
+    await tab.until("at('state').innerText === 'ready'")
+    urls = {url for _, url in tab.sent if not url.startswith("data:")}
+    assert urls == {running.front.admin_url + path for path in ("/", "/v1/live", "/readyz")}
+    assert {method for method, _ in tab.sent} == {"GET"}
 
 
-async def test_no_script_but_its_own_runs_in_the_page(reading):
+async def test_no_script_but_its_own_runs_in_the_page(read):
     """Whatever may get into it: the policy stops it, and says so."""
-    async with reading() as (_, tab):
-        await tab.until("at('state').innerText === 'ready'")
-        broken = await tab.value(
-            """new Promise(done => {
-                 const broken = new Set();
-                 document.addEventListener('securitypolicyviolation', event => broken.add(event.effectiveDirective));
-                 const add = (name, fields) => {
-                   const made = document.createElement(name);
-                   for (const [key, value] of Object.entries(fields)) made.setAttribute(key, value);
-                   document.body.append(made);
-                   return made;
-                 };
-                 try { document.body.innerHTML += '<img src=x onerror="window.ran = 1">'; } catch {}
-                 try { add('script', {}).textContent = 'window.ran = 2'; } catch {}
-                 try { eval('window.ran = 3'); } catch {}
-                 try { add('div', {onclick: 'window.ran = 4'}).click(); } catch {}
-                 add('img', {src: 'http://127.0.0.1:9/leak'});
-                 add('iframe', {src: 'http://127.0.0.1:9/'});
-                 add('style', {}).textContent = 'body { display: none }';
-                 add('form', {action: 'http://127.0.0.1:9/'}).submit();
-                 fetch('http://127.0.0.1:9/').catch(() => {});
-                 setTimeout(() => done([...broken].sort()), 500);
-               })"""
-        )
-        assert await tab.value("window.ran") is None
-        assert {"connect-src", "form-action", "frame-src", "img-src", "style-src-elem"} <= set(broken)
-        assert "require-trusted-types-for" in broken
-        assert await tab.value("getComputedStyle(document.body).display") == "block"
+    _, tab = read
+    await tab.until("at('state').innerText === 'ready'")
+    broken = await tab.value(
+        """new Promise(done => {
+             const broken = new Set();
+             document.addEventListener('securitypolicyviolation', event => broken.add(event.effectiveDirective));
+             const add = (name, fields) => {
+               const made = document.createElement(name);
+               for (const [key, value] of Object.entries(fields)) made.setAttribute(key, value);
+               document.body.append(made);
+               return made;
+             };
+             try { document.body.innerHTML += '<img src=x onerror="window.ran = 1">'; } catch {}
+             try { add('script', {}).textContent = 'window.ran = 2'; } catch {}
+             try { eval('window.ran = 3'); } catch {}
+             try { add('div', {onclick: 'window.ran = 4'}).click(); } catch {}
+             add('img', {src: 'http://127.0.0.1:9/leak'});
+             add('iframe', {src: 'http://127.0.0.1:9/'});
+             add('style', {}).textContent = 'body { display: none }';
+             add('form', {action: 'http://127.0.0.1:9/'}).submit();
+             fetch('http://127.0.0.1:9/').catch(() => {});
+             setTimeout(() => done([...broken].sort()), 500);
+           })"""
+    )
+    assert await tab.value("window.ran") is None
+    assert {"connect-src", "form-action", "frame-src", "img-src", "style-src-elem"} <= set(broken)
+    assert "require-trusted-types-for" in broken
+    assert await tab.value("getComputedStyle(document.body).display") == "block"
 
 
 async def test_with_a_token_the_page_asks_for_it_and_keeps_it_to_itself(reading, tmp_path):
@@ -156,16 +181,16 @@ async def test_with_a_token_the_page_asks_for_it_and_keeps_it_to_itself(reading,
         await tab.until("!at('ask').hidden && at('main').hidden")
 
 
-async def test_the_keyboard_reaches_everything_and_pictures_have_words(reading):
+async def test_the_keyboard_reaches_everything_and_pictures_have_words(read):
     """Focus stays where it is while the page updates itself."""
-    async with reading() as (running, tab):
-        await running.invoke("dies")
-        await tab.until("document.querySelector('#failures button') !== null")
-        await tab.do("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
-        assert await tab.value("document.activeElement.innerText") == "Story"
-        before = await tab.value("at('clock').innerText")
-        await tab.until(f"at('clock').innerText !== '{before}'")
-        assert await tab.value("document.activeElement.innerText") == "Story"
-        assert await tab.value("[...document.querySelectorAll('svg[role=img]')].every(each => each.ariaLabel)")
-        assert await tab.value("[...document.querySelectorAll('table')].every(each => each.tHead)")
-        assert await tab.value("[...document.querySelectorAll('input')].every(each => each.labels.length)")
+    running, tab = read
+    await running.invoke("dies")
+    await tab.until("document.querySelector('#failures button') !== null")
+    await tab.do("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+    assert await tab.value("document.activeElement.innerText") == "Story"
+    before = await tab.value("at('clock').innerText")
+    await tab.until(f"at('clock').innerText !== '{before}'")
+    assert await tab.value("document.activeElement.innerText") == "Story"
+    assert await tab.value("[...document.querySelectorAll('svg[role=img]')].every(each => each.ariaLabel)")
+    assert await tab.value("[...document.querySelectorAll('table')].every(each => each.tHead)")
+    assert await tab.value("[...document.querySelectorAll('input')].every(each => each.labels.length)")
