@@ -1,10 +1,10 @@
 """A double of Firecracker: its command line, API and hybrid vsock, with a process where the guest would be.
 
-A program of its own (standard library only, quick to start): `firecracker.py --double CONFIG [Firecracker's flags]`.
-The root file system that it is given is JSON: `argv`, `env` and `cwd` of the guest, which gets its vsock as a process
-guest does (`SUBSTRATE_LISTEN_FD`, `SUBSTRATE_DIAL_FD`); without `argv` the double answers in the guest's place. A
-snapshot remembers that program and not its memory: each clone starts it anew, and so is as different from its siblings
-as a real one must be made.
+A program of its own (standard library only, quick to start), `program.py firecracker --double CONFIG [Firecracker's
+flags]`. The root file system that it is given is JSON: `argv`, `env` and `cwd` of the guest, which gets its vsock as a
+process guest does (`SUBSTRATE_LISTEN_FD`, `SUBSTRATE_DIAL_FD`); without `argv` the double answers in the guest's place.
+A snapshot remembers that program and not its memory: each clone starts it anew, and so is as different from its
+siblings as a real one must be made.
 
 CONFIG is JSON: `version`, `snapshot_version`, `journal` (a file that gets each request and answer) and `faults`, each
 `{"on": where, "do": what, ...}`, the next `times` times (without: always), in whichever process comes there first:
@@ -37,11 +37,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 
-if __name__ == "__main__":
-    sys.path.append(__file__.rpartition("/")[0])  # it is started without any path
-    import serde
-else:
-    from fakes import serde
+from fakes import serde
+
 MIB = 1024 * 1024
 CONNECTIONS_MAX = 10
 VSOCK_CONNECTIONS_MAX = 1023
@@ -1019,7 +1016,3 @@ def main(argv: list[str]) -> None:
     machine.log("main", f"Running Firecracker v{machine.version}")
     suffer(faults.draw("start"))
     Api(machine, config.get("journal")).serve(arguments.get("--api-sock", "/run/firecracker.socket"))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

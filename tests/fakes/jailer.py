@@ -1,8 +1,8 @@
 """A double of Firecracker's jailer: the same tree, the same refusals, then the program in the same process.
 
-`jailer.py --double CONFIG [the jailer's flags] -- [Firecracker's flags]`. It neither changes the root nor the user, so
-that a program of this machine can run behind it; CONFIG's `cgroup_root` stands for the mounted control groups, and
-its `version` is that of both programs.
+`program.py jailer --double CONFIG [the jailer's flags] -- [Firecracker's flags]`. It neither changes the root nor the
+user, so that a program of this machine can run behind it; CONFIG's `cgroup_root` stands for the mounted control groups,
+and its `version` is that of both programs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,3 @@ def main(argv: list[str]) -> None:
     started_us = str(int(time.monotonic() * 1e6))
     timing = ["--start-time-us", started_us, "--start-time-cpu-us", "0", "--parent-cpu-time-us", "0"]
     os.execv(copy, [str(copy), "--id", once["--id"], *timing, *theirs])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

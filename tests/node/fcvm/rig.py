@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from fakes import firecracker, jailer
+from fakes import program
 from node.procvm_rig import GUESTS, children
 from substrate_node.fcvm import FirecrackerVmm, MicroVmRules, Outfit, outfitted
 from substrate_seam.invocation import Isolation
@@ -32,10 +32,10 @@ class Double:
         self.firecracker, self.jailer = root / "firecracker", root / "jailer"
         self.plan: dict[str, Any] = {"journal": str(self.journal), "cgroup_root": str(self.cgroups), **config}
         self.set()
-        for program, double in ((self.firecracker, firecracker), (self.jailer, jailer)):
-            argv = [sys.executable, "-I", "-S", str(double.__file__), "--double", str(self.config)]
-            program.write_text(f'#!/bin/sh\nexec {" ".join(argv)} "$@"\n')
-            program.chmod(0o755)
+        for double in (self.firecracker, self.jailer):
+            argv = [sys.executable, "-I", "-S", str(program.__file__), double.name, "--double", str(self.config)]
+            double.write_text(f'#!/bin/sh\nexec {" ".join(argv)} "$@"\n')
+            double.chmod(0o755)
 
     def set(self, *faults: dict[str, Any], **config: Any) -> None:
         """Let these things go wrong from now on, and nothing else; change what else is given."""
