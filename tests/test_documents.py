@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from substrate_seam.errors import Reason
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    path for pattern in ("*.md", "docs/**/*.md", "packages/*/*.md", "apps/*/*.md") for path in ROOT.glob(pattern)
+    path
+    for pattern in ("*.md", "docs/**/*.md", "packages/*/*.md", "apps/*/*.md", "bench/*.md", "examples/*/*.md")
+    for path in ROOT.glob(pattern)
 )
 DECISIONS = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
@@ -27,6 +31,45 @@ def test_links_within_the_repository_lead_somewhere(document):
     prose = CODE.sub("", document.read_text())
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose)
     assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def headings_of(text: str) -> list[str]:
+    """Where a link may lead within a document: what GitHub makes of its headings, in order."""
+    slugs: list[str] = []
+    seen: Counter[str] = Counter()
+    for heading in re.findall(r"^#{1,6} +(.+?)[ #]*$", FENCED.sub("", text), re.MULTILINE):
+        words = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+        slugs.append(slug if not seen[slug] else f"{slug}-{seen[slug]}")
+        seen[slug] += 1
+    return slugs
+
+
+def anchors_astray(document: Path) -> list[str]:
+    """The links of a document to headings that there are not."""
+    prose = CODE.sub("", document.read_text())
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]*)#([^)\s]*)\)", prose)
+    pages = [(document.parent / target if target else document, anchor) for target, anchor in links]
+    return [anchor for page, anchor in pages if anchor not in headings_of(page.read_text())]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_a_link_to_a_heading_leads_to_one(document):
+    assert anchors_astray(document) == []
+
+
+def test_headings_are_named_as_github_names_them(tmp_path):
+    """Small, with hyphens for blanks, without signs and markup, numbered from the second of a name on; not in code."""
+    (tmp_path / "other.md").write_text("# The `x-y_z` & *all*, [linked](there.md) #\n\n## Again\n\n### Again\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Here\n\n```sh\n# no heading\n```\n[a](#here) [b](other.md#the-x-y_z--all-linked) [c](other.md#again-1)"
+    )
+    assert anchors_astray(page) == []
+    page.write_text(
+        "# Here\n\n```sh\n# no heading\n```\n[a](#no-heading) [b](other.md#again-2) `[c](#code)` [d](#Here)"
+    )
+    assert anchors_astray(page) == ["no-heading", "again-2", "Here"]
 
 
 @pytest.mark.parametrize("decision", DECISIONS, ids=name_of)
