@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 _DESCRIPTION = Path(__file__).parent / "data" / "firecracker-api.yaml"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The quick one, where it was built."""
 _TYPES = {"object": dict, "string": str, "integer": int, "boolean": bool, "array": list, "number": (int, float)}
 
 
@@ -21,12 +23,12 @@ class Disagreement(AssertionError):
 def description() -> dict[str, Any]:
     """The file, with words that YAML takes for booleans left alone."""
 
-    class Words(yaml.SafeLoader):
+    class Words(LOADER):
         pass
 
     Words.yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tf"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for first, resolvers in LOADER.yaml_implicit_resolvers.items()
     }
     return yaml.load(_DESCRIPTION.read_text(), Words)
 

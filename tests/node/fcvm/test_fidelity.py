@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import yaml
 
+from node.fcvm.openapi import LOADER
 from node.fcvm.real import rules as real_rules
 from node.fcvm.rig import Double
 from substrate_node.fcvm.release import Release
 
-RECORDED: dict[str, list[dict[str, Any]]] = yaml.safe_load(
-    (Path(__file__).parent / "data" / "exchanges.yaml").read_text()
+RECORDED: dict[str, list[dict[str, Any]]] = yaml.load(
+    (Path(__file__).parent / "data" / "exchanges.yaml").read_text(), LOADER
 )
 RECORDED_OF = "1.16.1"
 MALFORMED = "An error occurred when deserializing the json body of a request: "
