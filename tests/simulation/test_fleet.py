@@ -26,6 +26,7 @@ from substrate_cluster.ingress.exchange import HangUpWatch
 from substrate_cluster.nodes.remote import RemoteInvoking
 from substrate_cluster.placement import executor as placing
 from substrate_node.calls import Calls
+from substrate_node.holding import Holding
 from substrate_node.invoker import Claim
 from substrate_node.ledger import Lease, Ledger
 from substrate_node.node import LocalNode
@@ -163,7 +164,7 @@ PLANTED = {
     ),
     "a piece of an answer is lost": Plant("calm", "looks whole", FrontExchange, "piece", _first_piece_alone),
     "memory is not given back": Plant("calm", "MiB", Lease, "release", lambda _lease: None),
-    "a guest is not ended": Plant("calm", "guest inv-", Claim, "_ended", _nothing),
+    "a guest is not ended": Plant("calm", "guest inv-", Holding, "end_at_once", lambda _holding: True),
     "a place of a caller is not given back": Plant(
         "calm", "calls of .* admitted", Admission, "_leave", lambda _admission, _caller, _bytes: None
     ),

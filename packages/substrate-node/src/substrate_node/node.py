@@ -13,12 +13,14 @@ from msgspec import Struct
 
 from substrate_node.base import Bases
 from substrate_node.calls import Calls
-from substrate_node.invoker import Claim, Invoking, Shop, Stake, too_big
+from substrate_node.invoker import Claim, Invoking
 from substrate_node.journal import JournalLine, Record
 from substrate_node.ledger import Ledger
 from substrate_node.pool import Pool
 from substrate_node.ready import IdentityMint
 from substrate_node.reaper import Reaper
+from substrate_node.refusals import too_big
+from substrate_node.shop import Shop, Stake
 from substrate_node.slots import Slots
 from substrate_node.starter import Hosted, Starter, StartFailure
 from substrate_node.vmm import JOURNAL_PORT, Guest, Inbound, Vmm

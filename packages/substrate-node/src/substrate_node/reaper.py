@@ -38,6 +38,15 @@ class Reaper:
     def _tell(self, what: str, error: BaseException) -> None:
         self._emit(CleanupFailed(what=what, message=f"{type(error).__name__}: {error}"))
 
+    def attempt(self, step: Callable[[], object], *, what: str) -> bool:
+        """Take a step of clean-up that waits for nothing; a failure is told. Whether it succeeded."""
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001  # whatever broke, what is to be undone is still there
+            self._tell(what, error)
+            return False
+        return True
+
     async def insist(self, step: Callable[[], Awaitable[object]], *, what: str) -> None:
         """Take a step of clean-up again and again, ever more patiently, until it succeeds; each failure is told."""
         pause_s = _PAUSE_S_MIN
