@@ -138,7 +138,7 @@ class House:
         assert self.committed_mib == 0
         assert not self.overdrawn, "memory was given back before its guest was gone"
         assert self.node.running == 0
-        assert not any(hosted.serving for hosted in self.node._hosted.values())
+        assert not any(hosted.serving for hosted in self.node._hosting.hosted.values())
         assert not self.node._slots._starved
         for name, queue in self.node._slots._queues.items():
             assert (name, queue.busy, queue.waiting) == (name, 0, 0)

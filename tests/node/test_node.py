@@ -156,7 +156,7 @@ def test_a_dropped_workload_is_retracted():
     async def story(house: House) -> None:
         await house.node.ensure(ONE)
         async with heard(house) as reports:
-            house.node._drop(ONE.digest)
+            house.node._hosting._drop(ONE.digest)
             await asyncio.sleep(0.1)
             assert reports[-1][1].workloads == {ONE.digest: None}
         assert house.node.report().workloads == {}
@@ -293,7 +293,7 @@ def test_a_late_call_puts_the_end_off_and_does_not_call_it_off():
         await asyncio.sleep(500.0)
         assert await house.call(ONE) == b"ping"
         await asyncio.sleep(601.0)
-        assert not house.node._hosted
+        assert not house.node._hosting.hosted
 
     simulated(story)
 
@@ -305,7 +305,7 @@ def test_a_workload_dropped_under_its_calls_lets_them_end():
         await house.warmed(WARM)
         calls = [house.start(house.call(WARM)) for _ in range(3)]
         await asyncio.sleep(0.1)
-        house.node._drop(WARM.digest)
+        house.node._hosting._drop(WARM.digest)
         for call in calls:
             assert await call == b"ping"
         await asyncio.sleep(1.0)
@@ -337,7 +337,7 @@ def test_versions_of_one_workload_share_its_slots():
             reports = house.node.report().workloads
             assert (reports[old.digest].busy, reports[new.digest].busy) == (2, 2)
         assert max(event.busy for event in house.said(SlotTaken)) == 2
-        house.node._drop(old.digest)
+        house.node._hosting._drop(old.digest)
         assert await house.call(new) == b"ping"
 
     simulated(story, behaviour=busy_for(1.0))

@@ -371,7 +371,7 @@ def test_a_pool_may_be_dropped_or_closed_at_any_moment(kept: Workload, end: str)
         await due.wait()
         full = parked(house, kept) == 2
         if end != "close":
-            house.node._drop(kept.digest)
+            house.node._hosting._drop(kept.digest)
         if end == "drop and keep":
             await house.node.ensure(kept)
         if end != "close":

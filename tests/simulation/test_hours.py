@@ -160,7 +160,7 @@ class Days:
         yield "digests indexed", len(there.index._knowing)
         for machine in there.machines:
             node = machine.process.node
-            yield f"{machine.node_id} workloads", len(node._hosted)
+            yield f"{machine.node_id} workloads", len(node._hosting.hosted)
             yield f"{machine.node_id} records", sum(map(len, node._calls._buckets))
             yield f"{machine.node_id} queues", len(node._slots._queues)
             yield f"{machine.node_id} bases", len(node._bases._shelves) + len(machine.process.vmm.bases)

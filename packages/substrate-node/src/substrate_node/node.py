@@ -5,44 +5,40 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from substrate_node import refusals
 from substrate_node.base import Bases
 from substrate_node.calls import Calls
+from substrate_node.hosting import Hosting
 from substrate_node.invoker import Claim, Invoking
 from substrate_node.journal import JournalLine, Record
 from substrate_node.ledger import Ledger
 from substrate_node.pool import Pool
 from substrate_node.ready import IdentityMint
 from substrate_node.reaper import Reaper
-from substrate_node.refusals import too_big
+from substrate_node.reporting import Hearer, workload_report
 from substrate_node.shop import Shop, Stake
 from substrate_node.slots import Slots
 from substrate_node.starter import Hosted, Starter, StartFailure
 from substrate_node.vmm import JOURNAL_PORT, Guest, Inbound, Vmm
-from substrate_seam.errors import GuestFailed, GuestUnavailable, Ran, Reason
+from substrate_seam.errors import GuestFailed, Ran
 from substrate_seam.events import (
     Emit,
     InvocationFenced,
     NodeDraining,
     NodeLimited,
     NodeResumed,
-    WorkloadDropped,
-    WorkloadEnsured,
 )
 from substrate_seam.executor import Node
 from substrate_seam.invocation import Invocation
 from substrate_seam.report import NodeLimits, NodeReport, WorkloadReport
 from substrate_seam.story import Story
 from substrate_seam.workload import FEATURES, Workload
-
-FORGOTTEN_KEPT_S = 600.0
-"""So long a workload stays after the last agent forgot it, unless someone ensures or calls it meanwhile."""
-REPORT_GAP_S, REPORT_EVERY_S = 0.05, 2.0
 
 
 class NodeIdentity(Struct, frozen=True, kw_only=True):
@@ -95,12 +91,7 @@ class LocalNode:
         self._record = record
         self._story = story
         self._loop = loop = asyncio.get_running_loop()
-        self._hosted: dict[str, Hosted] = {}
-        # Dicts that only have keys are sets in order, which makes a run repeatable.
-        self._digests_of: dict[str, dict[str, None]] = {}
-        self._digests_on: dict[str, dict[str, None]] = {}  # of each base key
-        self._forgotten: dict[str, asyncio.TimerHandle] = {}
-        self._hearers: dict[_Hearer, None] = {}
+        self._hearers: dict[Hearer, None] = {}  # in order, which makes a run repeatable
         self._limits_generation = 0
         self._draining_until_s: float | None = None
         self._closing = False
@@ -138,6 +129,15 @@ class LocalNode:
             emit=emit,
             starving=lambda: self._slots.starving or self._bases.starving,
             offer=self._slots.offer,
+            changed=self._changed,
+        )
+        self._hosting = Hosting(
+            node_id=identity.node_id,
+            vmms=vmms,
+            slots=self._slots,
+            bases=self._bases,
+            pool=self._pool,
+            emit=emit,
             changed=self._changed,
         )
         self._shop = Shop(
@@ -183,8 +183,7 @@ class LocalNode:
         self._draining_until_s = self._loop.time()
         if self._drain_timer is not None:
             self._drain_timer.cancel()
-        for timer in self._forgotten.values():
-            timer.cancel()
+        self._hosting.close()
         self._changed(None)
         self._end_calls()
         self._bases.stop()
@@ -218,40 +217,17 @@ class LocalNode:
 
     def _host_of(self, invocation: Invocation) -> Hosted:
         if self._draining_until_s is not None:
-            raise self._drained()
-        digest, name = invocation.workload.digest, invocation.workload.name
-        hosted = self._hosted.get(digest)
-        if hosted is None:
-            raise GuestUnavailable(
-                Reason.UNKNOWN_DIGEST,
-                f"node {self.node_id!r} does not know this version of {name!r} yet",
-                hint="Its agent will tell it; try again.",
-            )
-        if digest in self._forgotten:  # a late call puts the end off
-            self._forgotten.pop(digest).cancel()
-            self._drop_later(digest)
+            raise refusals.draining(self.node_id)
+        hosted = self._hosting.called(invocation.workload)
         self._check_demands(invocation, hosted)
         return hosted
 
     def _check_demands(self, invocation: Invocation, hosted: Hosted) -> None:
         spec, isolation = hosted.workload.spec, hosted.vmm.isolation
         if not isolation.satisfies(invocation.demands.isolation):
-            raise GuestUnavailable(
-                Reason.INCOMPATIBLE,
-                f"guests of {spec.name!r} on node {self.node_id!r} have isolation {isolation}, "
-                f"and {invocation.demands.isolation} was required",
-                hint="Run the workload as a microVM, or ask for less with `fc-require-isolation`.",
-            )
+            raise refusals.too_little_isolation(hosted, self.node_id, invocation.demands.isolation)
         if spec.memory_mib > self._ledger.size_mib:
-            raise too_big(hosted, self.node_id, self._ledger.size_mib)
-
-    def _drained(self) -> GuestUnavailable:
-        return GuestUnavailable(
-            Reason.DRAINING,
-            f"node {self.node_id!r} is draining and takes no new calls",
-            hint="Retry; another node, or this one after its restart, will take it.",
-            retry_after_s=1.0,
-        )
+            raise refusals.too_big(hosted, self.node_id, self._ledger.size_mib)
 
     # Workloads.
 
@@ -260,41 +236,12 @@ class LocalNode:
 
         One that is known is warmed anew if what its base is made of has changed.
         """
-        spec, digest = workload.spec, workload.digest
-        vmm = self._hosted[digest].vmm if digest in self._hosted else self._vmm_for(workload)
-        base_key = await vmm.input_key(workload) if spec.warm_base else None
-        if digest in self._forgotten:
-            self._forgotten.pop(digest).cancel()
-        self._slots.configure(spec.name, concurrency=spec.concurrency, queue=spec.queue, sessioned=spec.sessioned)
-        hosted = self._hosted.get(digest)
-        if hosted is None:
-            hosted = self._hosted[digest] = Hosted(workload, vmm)
-            self._digests_of.setdefault(spec.name, {})[digest] = None
-            self._emit(WorkloadEnsured(workload=spec.name, digest=digest))
-        elif hosted.base_key == base_key:
-            self._pool.keep(hosted)  # it was dropped if the workload was forgotten
-            return
-        self._pool.drop(digest)
-        self._rebase(hosted, base_key)
-        self._pool.keep(hosted)
-        self._changed(digest)
-
-    def _rebase(self, hosted: Hosted, base_key: str | None) -> None:
-        """Start guests of a workload from another base, or none; one that no workload needs any more goes."""
-        digest, old = hosted.workload.digest, hosted.base_key
-        hosted.base_key = base_key
-        if base_key is not None:
-            self._digests_on.setdefault(base_key, {})[digest] = None
-            self._bases.want(base_key, hosted.workload, hosted.vmm)
-        if old is not None:
-            del self._digests_on[old][digest]
-            if not self._digests_on[old]:
-                del self._digests_on[old]
-                self._bases.drop(old)
+        await self._hosting.ensure(workload)
 
     async def warmed(self, digest: str) -> None:
         """Wait until guests of a workload start warm, or a first attempt at that has failed."""
-        while (key := self._hosted[digest].base_key) and self._bases.expected(key) and not self._bases.why_not(key):
+        hosted = self._hosting.hosted
+        while (key := hosted[digest].base_key) and self._bases.expected(key) and not self._bases.why_not(key):
             await self._news.wait()
 
     @asynccontextmanager
@@ -304,7 +251,7 @@ class LocalNode:
         Waits for the base, and for memory. Raises `StartFailure`, also when there is no base and the first attempt at
         one has failed.
         """
-        hosted = self._hosted[digest]
+        hosted = self._hosting.hosted[digest]
         guest_id, mib = self._mint.guest_id(), hosted.workload.spec.memory_mib
         key = hosted.base_key or ""
         while self._bases.expected(key) and not self._bases.why_not(key):
@@ -329,44 +276,7 @@ class LocalNode:
         Its parked guests go at once, so that its successor has their memory. An agent that still needs it after that
         hears `unknown-digest` and ensures it again.
         """
-        if digest in self._hosted and digest not in self._forgotten and not self._closing:
-            self._pool.drop(digest)
-            self._drop_later(digest)
-
-    def _drop_later(self, digest: str) -> None:
-        self._forgotten[digest] = self._loop.call_later(FORGOTTEN_KEPT_S, self._drop, digest)
-
-    def _vmm_for(self, workload: Workload) -> Vmm:
-        unknown = sorted(set(workload.spec.requires) - FEATURES)
-        if unknown:
-            raise GuestUnavailable(
-                Reason.INCOMPATIBLE,
-                f"{workload.name!r} requires {', '.join(unknown)}, which node {self.node_id!r} does not know",
-                hint="Upgrade the node, or do without.",
-            )
-        refusals = []
-        for vmm in self._vmms:
-            refusal = vmm.refusal(workload)
-            if refusal is None and vmm.isolation.satisfies(workload.spec.isolation):
-                return vmm
-            refusals.append(refusal or f"it asks for {workload.spec.isolation}, and this gives {vmm.isolation}")
-        raise GuestUnavailable(
-            Reason.INCOMPATIBLE,
-            f"node {self.node_id!r} can't run {workload.name!r}: {'; '.join(refusals)}",
-        )
-
-    def _drop(self, digest: str) -> None:
-        self._forgotten.pop(digest, None)
-        hosted = self._hosted.pop(digest)
-        name = hosted.workload.name
-        self._pool.drop(digest)
-        del self._digests_of[name][digest]
-        if not self._digests_of[name]:
-            del self._digests_of[name]
-            self._slots.close(name)
-        self._rebase(hosted, None)
-        self._emit(WorkloadDropped(workload=name, digest=digest))
-        self._changed(digest)
+        self._hosting.forget(digest)
 
     def _inbound(self, _: Workload, __: str) -> Inbound:
         """Who answers a guest that dials out."""
@@ -411,16 +321,16 @@ class LocalNode:
     def _end_calls(self) -> None:
         for call in self._calls.live:
             cut = GuestFailed(f"the guest was ended: node {self.node_id!r} had to stop before it finished")
-            call.interrupt(self._drained(), cut)
+            call.interrupt(refusals.draining(self.node_id), cut)
 
     # Reports.
 
     async def reports(self) -> AsyncGenerator[NodeReport, None]:
         """A full report at once, then what changed: at most one per 50 ms, at least one per 2 s."""
-        hearer = _Hearer()
+        hearer = Hearer()
         self._hearers[hearer] = None
         try:
-            yield self._report({digest: self._workload_report(digest) for digest in self._hosted}, full=True)
+            yield self._report({digest: self._workload_report(digest) for digest in self._hosting.hosted}, full=True)
             while True:
                 await hearer.news(self._loop)
                 if self._closing:
@@ -432,7 +342,7 @@ class LocalNode:
 
     def report(self) -> NodeReport:
         """What the node says about itself now, in full."""
-        return self._report({digest: self._workload_report(digest) for digest in self._hosted}, full=True)
+        return self._report({digest: self._workload_report(digest) for digest in self._hosting.hosted}, full=True)
 
     def _report(self, workloads: Mapping[str, WorkloadReport | None], *, full: bool) -> NodeReport:
         draining_until_s = self._draining_until_s
@@ -454,25 +364,8 @@ class LocalNode:
         )
 
     def _workload_report(self, digest: str) -> WorkloadReport | None:
-        hosted = self._hosted.get(digest)
-        if hosted is None:
-            return None
-        spec = hosted.workload.spec
-        busy, waiting, service_s = self._slots.load(spec.name)
-        parked, making = self._pool.stock(digest)
-        base = self._bases.current(hosted.base_key) if hosted.base_key is not None else None
-        return WorkloadReport(
-            name=spec.name,
-            concurrency=spec.concurrency,
-            busy=busy,
-            serving=hosted.serving,
-            waiting=waiting,
-            parked=parked,
-            making=making,
-            isolation=hosted.vmm.isolation,
-            base=base.base_id if base else None,
-            service_ms=None if service_s is None else round(service_s * 1e3, 3),
-        )
+        hosted = self._hosting.hosted.get(digest)
+        return workload_report(hosted, self._shop) if hosted is not None else None
 
     # What the parts tell.
 
@@ -483,11 +376,11 @@ class LocalNode:
     def _queue_changed(self, name: str) -> None:
         self._pool.freed()  # perhaps nobody starves any more
         if self._hearers:
-            for digest in self._digests_of.get(name, ()):
+            for digest in self._hosting.digests_of(name):
                 self._changed(digest)
 
     def _base_changed(self, key: str) -> None:
-        for digest in self._digests_on.get(key, ()):
+        for digest in self._hosting.digests_on(key):
             self._pool.refill(digest)
             self._changed(digest)
         self._tell_news()
@@ -508,31 +401,6 @@ class LocalNode:
         self._news.set()
         self._news.clear()
         self._changed(None)
-
-
-class _Hearer:
-    """One reader of reports: what has changed since it last heard."""
-
-    def __init__(self) -> None:
-        self._dirty: dict[str, None] = {}
-        self._told = asyncio.Event()
-
-    def tell(self, digest: str | None) -> None:
-        if digest is not None:
-            self._dirty[digest] = None
-        self._told.set()
-
-    async def news(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait until there is something to say, or it is time to say anything."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(loop.time() + REPORT_EVERY_S):
-                await asyncio.sleep(REPORT_GAP_S)
-                await self._told.wait()
-
-    def take(self) -> dict[str, None]:
-        self._told.clear()
-        dirty, self._dirty = self._dirty, {}
-        return dirty
 
 
 if TYPE_CHECKING:  # the type checker proves that it fits

@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from substrate_node.starter import Hosted, StartFailure
 from substrate_seam.errors import GuestUnavailable, Reason
-from substrate_seam.invocation import Start
+from substrate_seam.invocation import Isolation, Start
+
+
+def draining(node_id: str) -> GuestUnavailable:
+    """The node takes no new calls."""
+    return GuestUnavailable(
+        Reason.DRAINING,
+        f"node {node_id!r} is draining and takes no new calls",
+        hint="Retry; another node, or this one after its restart, will take it.",
+        retry_after_s=1.0,
+    )
+
+
+def too_little_isolation(hosted: Hosted, node_id: str, least: Isolation | None) -> GuestUnavailable:
+    """Its guest would be kept from the host less well than it demands."""
+    return GuestUnavailable(
+        Reason.INCOMPATIBLE,
+        f"guests of {hosted.workload.name!r} on node {node_id!r} have isolation {hosted.vmm.isolation}, "
+        f"and {least} was required",
+        hint="Run the workload as a microVM, or ask for less with `fc-require-isolation`.",
+    )
 
 
 def too_big(hosted: Hosted, node_id: str, size_mib: int) -> GuestUnavailable:
