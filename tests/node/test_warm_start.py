@@ -147,6 +147,13 @@ async def test_a_workload_that_lies_below_tmp_is_seen_by_its_clones(rig: WarmRig
         assert await did(guest, "sorted(os.listdir('/tmp'))") != "[]"
 
 
+async def test_a_clone_does_not_see_where_its_file_tree_was_put_together(rig: WarmRig):
+    """What it may write is found in its usual places alone, and the files that say who it is can't be written to."""
+    async with clones(rig, "a") as [guest]:
+        assert await did(guest, "__import__('os').listdir('/mnt/stage')") == "[]"
+        assert await did(guest, "__import__('os').access('/mnt/stage', __import__('os').W_OK)") == "False"
+
+
 async def test_each_clone_has_its_own_place_in_a_file_that_priming_opened(rig: WarmRig):
     """A descriptor that is inherited has one position for all; theirs are opened anew."""
     async with clones(rig, "c1", "c2", env={"PRIME": "source = open('warm.py'); source.readline()"}) as (one, other):

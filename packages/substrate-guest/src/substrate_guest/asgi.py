@@ -28,6 +28,7 @@ class AsgiWorkload:
 
     def __init__(self, app: AsgiApp) -> None:
         self._app = app
+        self.rests = False
         self._state: dict[str, Any] = {}
 
     async def prime(self) -> None:

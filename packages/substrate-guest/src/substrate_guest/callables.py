@@ -23,6 +23,7 @@ class CallableWorkload:
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self.rests = not app.restored_hooks  # they may begin something that goes on
 
     async def prime(self) -> None:
         """See `Workload.prime`."""

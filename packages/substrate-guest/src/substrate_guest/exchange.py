@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import h11
 
 from substrate_guest.app import Request
+from substrate_guest.heads import is_plain_response, plain_request, response_head
 
 if TYPE_CHECKING:
     import socket
@@ -46,11 +47,11 @@ class Exchange:
         """When the connection was made, by the monotonic clock."""
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
-        if received:  # nothing at all would mean the end to h11
-            self._http.receive_data(received)
+        self._received = received
+        self._http: h11.Connection | None = None  # until something is not plain
         self._method = b""
         self._head: tuple[int, list[tuple[bytes, bytes]]] | None = None  # said by the workload, not sent yet
+        self._plain = False  # what it said
         self.bodiless = False
         """Whether HTTP gives this reply no body: pieces are then dropped."""
         self._left: asyncio.Event | None = None
@@ -65,6 +66,9 @@ class Exchange:
 
         Raises `Refused` when it is malformed, too big or too slow, and `ConnectionError` when the peer leaves first.
         """
+        request = self._request_at_hand()
+        if request is not None:
+            return request
         try:
             async with asyncio.timeout(REQUEST_S):
                 return await self._read_request()
@@ -73,7 +77,21 @@ class Exchange:
         except TimeoutError as error:
             raise Refused(408, f"the request was not complete after {REQUEST_S:.0f} s") from error
 
+    def _request_at_hand(self) -> Request | None:
+        """A request that is there already, whole and plain."""
+        with suppress(BlockingIOError):
+            self._received = self._received or self._sock.recv(RECEIVE_BYTES)
+        head = plain_request(self._received)
+        if head is None or len(self._received) < head.at_byte + head.length_bytes:
+            return None
+        self._method, self._unread = head.method.encode(), False
+        body = self._received[head.at_byte : head.at_byte + head.length_bytes]
+        return Request(head.method, head.target, head.headers, body)
+
     async def _read_request(self) -> Request:
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
+        if self._received:  # nothing at all would mean the end to h11
+            self._http.receive_data(self._received)
         head = await self._event()
         if isinstance(head, h11.ConnectionClosed):
             raise ConnectionResetError("the peer left before it sent a request")
@@ -103,6 +121,7 @@ class Exchange:
         return b"".join(pieces)
 
     async def _event(self) -> h11.Event:
+        assert self._http is not None
         while (event := self._http.next_event()) is h11.NEED_DATA:
             self._http.receive_data(await self._loop.sock_recv(self._sock, RECEIVE_BYTES))
         assert not isinstance(event, type)
@@ -117,10 +136,12 @@ class Exchange:
             raise ValueError("the reply has a head already")
         dropped = FRAMING | {b"content-length"} if status == HTTPStatus.NO_CONTENT else FRAMING
         kept = [(name, value) for name, value in headers if name.lower() not in dropped]
-        try:
-            _response(status, kept)
-        except h11.LocalProtocolError as error:
-            raise ValueError(f"not an HTTP response: {error}") from error
+        self._plain = is_plain_response(status, kept)
+        if not self._plain:
+            try:
+                _response(status, kept)
+            except h11.LocalProtocolError as error:
+                raise ValueError(f"not an HTTP response: {error}") from error
         self.bodiless = self._method == b"HEAD" or status in WITHOUT_BODY
         self._head = status, kept
 
@@ -134,7 +155,12 @@ class Exchange:
 
         Raises like `write`, and `ValueError` when less was sent than the head declared.
         """
-        await self._send(self._framed(last, last=True))
+        if self._head is not None and self._plain and not self.bodiless:
+            (status, headers), self._head = self._head, None
+            frames = [response_head(status, headers, len(last)), last]
+        else:
+            frames = self._framed(last, last=True)
+        await self._send(frames)
         self.ended = True
         if self._left is not None:
             self._left.set()
@@ -187,23 +213,24 @@ class Exchange:
             self._loop.remove_reader(self._sock)
 
     def _framed(self, piece: bytes, *, last: bool) -> list[bytes]:
+        http = self._http = self._http or _asked(self._method)
         try:
-            frames = self._head_frames(len(piece) if last else None)
+            frames = self._head_frames(http, len(piece) if last else None)
             if piece and not self.bodiless:
-                frames.append(self._http.send(h11.Data(data=piece)) or b"")
+                frames.append(http.send(h11.Data(data=piece)) or b"")
             if last:
-                frames.append(self._http.send(h11.EndOfMessage()) or b"")
+                frames.append(http.send(h11.EndOfMessage()) or b"")
         except h11.LocalProtocolError as error:
             raise ValueError(f"the reply breaks HTTP: {error}") from error
         return frames
 
-    def _head_frames(self, length_bytes: int | None) -> list[bytes]:
+    def _head_frames(self, http: h11.Connection, length_bytes: int | None) -> list[bytes]:
         if self._head is None:
             return []
         (status, headers), self._head = self._head, None
         if length_bytes is not None and status not in WITHOUT_BODY and not _declares_length(headers):
             headers = [*headers, (b"content-length", b"%d" % length_bytes)]
-        return [self._http.send(_response(status, headers)) or b""]
+        return [http.send(_response(status, headers)) or b""]
 
     async def _send(self, frames: list[bytes]) -> None:
         self.started = True
@@ -221,6 +248,15 @@ def plain_reply(status: int, text: str, content_type: str, *, with_body: bool = 
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + (body if with_body else b"")
+
+
+def _asked(method: bytes) -> h11.Connection:
+    """A connection of h11's that has had a request with this method, of which only the answer matters now."""
+    http = h11.Connection(h11.SERVER)
+    http.receive_data((method or b"GET") + b" / HTTP/1.1\r\nhost: vsock\r\n\r\n")
+    while not isinstance(http.next_event(), h11.EndOfMessage):
+        pass
+    return http
 
 
 def _response(status: int, headers: list[tuple[bytes, bytes]]) -> h11.Response:

@@ -29,6 +29,7 @@ class ExecWorkload:
 
     def __init__(self, command: Command) -> None:
         self._command = command
+        self.rests = True
 
     async def prime(self) -> None:
         """See `Workload.prime`; raises `FileNotFoundError` when there is no such program."""

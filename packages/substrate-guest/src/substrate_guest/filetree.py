@@ -34,8 +34,8 @@ SETTINGS = (
 """What the guest sees of the host's `/etc`."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 WRITABLE = ("/tmp", "/var/tmp", "/dev/shm", "/run", HOME)  # noqa: S108  # the guest's own, on a file system of its own
-STAGE = "/mnt"
-"""Where that file system is put together, out of sight afterwards."""
+STAGE, NOTHING = "/mnt/stage", "/mnt/nothing"
+"""Where that file system is put together, and what covers it afterwards."""
 IDENTITY = "/etc/guest"
 """What tells one guest from another, behind the usual names of these files."""
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -55,7 +55,7 @@ def build(base: str, user: int) -> None:
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     mount("root", base, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
     tree = Tree(base)
-    for path in ("/dev", "/proc", STAGE, IDENTITY, *WRITABLE):
+    for path in ("/dev", "/proc", STAGE, NOTHING, IDENTITY, *WRITABLE):
         tree.make_directory(path)
     _make_devices(base)
     tree.write("/etc/passwd", f"guest:x:{user}:{user}::{HOME}:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
@@ -115,7 +115,8 @@ def furnish(
     write(f"{stage}/identity/machine-id", f"{os.urandom(16).hex()}\n", os.O_CREAT)
     write(f"{stage}/identity/boot_id", f"{identity.boot_id}\n", os.O_CREAT)
     _bind_read_only(f"{stage}/identity", base + IDENTITY)
-    call("umount2", stage.encode(), MNT_DETACH)
+    # Not unmounted: the kernel would have us wait until all its processors have heard of it. A guest can't uncover it.
+    mount(base + NOTHING, stage, "", MS_BIND)
 
 
 def show_processes(base: str) -> None:

@@ -30,6 +30,7 @@ class ForeignWorkload:
     def __init__(self, command: Command) -> None:
         self._command = command
         self._path = ""
+        self.rests = False
 
     async def prime(self) -> None:
         """See `Workload.prime`; raises `FileNotFoundError` when there is no such interpreter."""

@@ -191,7 +191,7 @@ def reseed(entropy: bytes) -> None:
     """Make the random numbers of every module that is loaded differ from every other clone's."""
     loaded = sys.modules.get
     if generator := loaded("random"):
-        generator.seed(entropy)
+        generator.seed(int.from_bytes(entropy))  # not the bytes themselves, which it would hash first
     if tls := loaded("ssl"):
         tls.RAND_add(entropy, float(len(entropy)))
     if temporary := loaded("tempfile"):

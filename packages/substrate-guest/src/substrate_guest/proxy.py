@@ -29,6 +29,7 @@ class HttpWorkload:
 
     def __init__(self, command: Command, port: int) -> None:
         self._command = command
+        self.rests = False
         self._port = port
 
     async def prime(self) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
     from substrate_guest.app import Request
-    from substrate_guest.vsock import Vsock
+    from substrate_guest.vsock import Answer, Vsock
     from substrate_guest.workload import Workload
 
 CAPTURE_VARIABLE = "SUBSTRATE_CAPTURE_FD"
@@ -40,6 +40,20 @@ async def serve(workload: Workload, vsock: Vsock, *, primed: bool = False, audit
     starting fails, the process ends with `EXIT_PRIME_FAILED`, so that the node hears of it.
     """
     readiness = Readiness()
+    async with asyncio.TaskGroup() as duties:
+        duties.create_task(vsock.serve(answers(workload, vsock, readiness, audit=audit)), name="vsock")
+
+        async def begin() -> None:
+            if not primed:
+                await workload.prime()
+            await workload.start(duties)
+
+        await get_ready(readiness, begin())
+    raise AssertionError("the vsock is served until the process ends")
+
+
+def answers(workload: Workload, vsock: Vsock, readiness: Readiness, *, audit: bool = False) -> dict[int, Answer]:
+    """Who answers on each port: the workload its requests, once it is ready, and `Control` the node's."""
     control = Control(workload, Identities(OwnKernel() if vsock.own_kernel else None, os.environ), readiness)
 
     async def respond(request: Request, exchange: Exchange) -> None:
@@ -49,17 +63,7 @@ async def serve(workload: Workload, vsock: Vsock, *, primed: bool = False, audit
             await journal(request, vsock)
         await workload.respond(request, exchange)
 
-    answers = {DATA_PORT: answering(respond), CONTROL_PORT: answering(control.respond)}
-    async with asyncio.TaskGroup() as duties:
-        duties.create_task(vsock.serve(answers), name="vsock")
-
-        async def begin() -> None:
-            if not primed:
-                await workload.prime()
-            await workload.start(duties)
-
-        await get_ready(readiness, begin())
-    raise AssertionError("the vsock is served until the process ends")
+    return {DATA_PORT: answering(respond), CONTROL_PORT: answering(control.respond)}
 
 
 async def get_ready(readiness: Readiness, steps: Coroutine[None, None, None]) -> None:
@@ -75,9 +79,7 @@ async def get_ready(readiness: Readiness, steps: Coroutine[None, None, None]) ->
     readiness.settle()
 
 
-def answering(
-    respond: Callable[[Request, Exchange], Awaitable[None]],
-) -> Callable[[socket.socket, bytes], Awaitable[None]]:
+def answering(respond: Callable[[Request, Exchange], Awaitable[None]]) -> Answer:
     """Answer a connection with one exchange; an error is a 502, or a cut reply once bytes of it have gone out."""
 
     async def answer(sock: socket.socket, received: bytes) -> None:
@@ -106,9 +108,12 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM end the process at once, also in the middle of a request."""
-    if os.getpid() == 1:  # the kernel spares the first process of a namespace a signal it has no handler for
+def end_on_sigterm(*, first: bool = False) -> None:
+    """Let SIGTERM end the process at once, also in the middle of a request.
+
+    `first` says that it may become the first of a namespace, which the kernel spares a signal without a handler.
+    """
+    if first or os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -143,8 +148,7 @@ def run(make: Callable[[], Workload]) -> NoReturn:
         sys.exit(EXIT_USAGE)
     if capture is None:
         asyncio.run(serve(workload, vsock, audit=audit))
-    from substrate_guest import zygote
+    from substrate_guest import newborn, zygote
 
-    vsock = zygote.be_cloned(workload, vsock, capture)
-    # Not `run`: what it would clear up in the end, it prepares now, and every page that is written to is copied.
-    asyncio.SelectorEventLoop().run_until_complete(serve(workload, vsock, primed=True, audit=audit))
+    clones_vsock, loop = zygote.be_cloned(workload, vsock, capture)
+    newborn.serve(workload, clones_vsock, loop, audit=audit)

@@ -6,7 +6,7 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping
 from typing import Protocol
 
 DATA_PORT = 1027
@@ -96,6 +96,29 @@ class HybridVsock:
     async def serve(self, answers: Mapping[int, Answer]) -> None:
         """See `Vsock.serve`."""
         await _serve_listener(self._listener, _after_handshake(answers))
+
+    def accept(self, ports: Container[int], *, within_s: float | None) -> tuple[int, socket.socket, bytes] | None:
+        """The next connection to one of `ports`, without an event loop: its port, and bytes that were read already.
+
+        Returns None after `within_s` seconds without one. The socket is the caller's to close.
+        """
+        self._listener.settimeout(within_s)
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except TimeoutError:
+                return None
+            except ConnectionError:  # a peer that left before it was accepted
+                continue
+            sock.settimeout(HANDSHAKE_S)
+            try:
+                port, received = _received_connect(sock)
+                if port in ports:
+                    sock.sendall(b"OK %d\n" % port)
+                    return port, sock, received
+            except (ValueError, OSError):  # it spoke something else, stalled or left: there is nobody to tell
+                pass
+            sock.close()
 
     def dial(self, port: int, *, timeout_s: float) -> socket.socket:
         """See `Vsock.dial`."""
@@ -218,6 +241,16 @@ async def _read_connect(sock: socket.socket) -> tuple[int, bytes]:
     received = b""
     while (parsed := parse_connect(received)) is None:
         more = await loop.sock_recv(sock, RECEIVE_BYTES)
+        if not more:
+            raise ConnectionResetError("the peer left before it named a port")
+        received += more
+    return parsed
+
+
+def _received_connect(sock: socket.socket) -> tuple[int, bytes]:
+    received = b""
+    while (parsed := parse_connect(received)) is None:
+        more = sock.recv(RECEIVE_BYTES)
         if not more:
             raise ConnectionResetError("the peer left before it named a port")
         received += more

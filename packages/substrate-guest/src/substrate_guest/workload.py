@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 class Workload(Protocol):
     """Something that answers requests; the adapters make one of a callable and of an ASGI app."""
 
+    @property
+    def rests(self) -> bool:
+        """Whether nothing of it runs between two requests, so that its event loop may stand still then."""
+        ...
+
     async def prime(self) -> None:
         """Warm up, once; what it leaves behind must survive the event loop, because a fork may follow."""
         ...

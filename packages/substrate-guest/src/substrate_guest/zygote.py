@@ -26,6 +26,7 @@ from substrate_guest.exchange import Exchange, Refused
 from substrate_guest.failure import describe
 from substrate_guest.filetree import WRITABLE, Identity
 from substrate_guest.identity import ENTROPY_BYTES_MIN, Identities, reseed
+from substrate_guest.newborn import ClonedLoop, rehearse_birth
 from substrate_guest.syscalls import thread_id_address
 from substrate_guest.vsock import CONTROL_PORT, DATA_PORT, HybridVsock
 
@@ -44,7 +45,7 @@ EXIT_REFUSED, EXIT_NOT_ISOLATED = 3, 4
 SHOWN_MAX = 5
 
 
-def be_cloned(workload: Workload, vsock: Vsock, node: socket.socket) -> Vsock:
+def be_cloned(workload: Workload, vsock: Vsock, node: socket.socket) -> tuple[HybridVsock, ClonedLoop]:
     """Prime `workload`, and fork a clone whenever `node` asks; returns in each clone, with the clone's sockets.
 
     Ends the process when it can't be cloned, when priming fails, and when the node lets go of it.
@@ -54,6 +55,9 @@ def be_cloned(workload: Workload, vsock: Vsock, node: socket.socket) -> Vsock:
     assert isinstance(vsock, HybridVsock)
     vsock.close()
     _import_what_the_first_request_needs()
+    shim.end_on_sigterm(first=True)  # which each of its clones is
+    loop = ClonedLoop()
+    rehearse_birth(loop)
     gc.collect()
     objections = [*_threads(), *_children(), *_descriptors(spare=node.fileno()), *_shared_memory()]
     if objections:
@@ -79,7 +83,9 @@ def be_cloned(workload: Workload, vsock: Vsock, node: socket.socket) -> Vsock:
         else:
             if clone == 0:
                 node.close()
-                return _guest(mould, order, descriptors, files)
+                guests_vsock = _guest(mould, order, descriptors, files)
+                loop.be_ones_own()
+                return guests_vsock, loop
             _say(node, {"cloned": order["clone"], "pid": clone}, pidfd)
             os.close(pidfd)
         for descriptor in descriptors:
@@ -121,7 +127,6 @@ def _guest(mould: Mould, order: dict[str, str], descriptors: list[int], files: l
         os._exit(EXIT_NOT_ISOLATED)
     if "numpy.random" in sys.modules:  # before the node's entropy comes; Python and OpenSSL know of forks, it does not
         reseed(os.urandom(ENTROPY_BYTES_MIN))
-    shim.end_on_sigterm()
     return HybridVsock(socket.socket(fileno=listener), socket.socket(fileno=dialer))
 
 
