@@ -8,7 +8,7 @@ import trustme
 
 from service.loopback import PATIENCE_S, answer, echo, served, whole_body
 from substrate_seam.events import DefectFound
-from substrate_service.exchange import WATCH
+from substrate_service.exchange import WATCH, WHOLE
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -247,27 +247,24 @@ async def test_once_the_reply_is_complete_receive_says_so():
 
 
 async def test_an_application_may_have_itself_called_when_the_peer_leaves():
-    """Once, however it leaves; and never when it has taken that back, or its reply is complete."""
+    """Once, however it leaves; and never when its reply is complete."""
     told, kept = asyncio.Event(), asyncio.Event()
 
     async def app(scope, receive, send):
         await whole_body(receive)
-        assert WATCH in scope["extensions"]
         if scope["path"] == "/whole":
-            await send({"type": WATCH, "left": told.set})
+            scope["extensions"][WATCH](told.set)
             await answer(send)
             assert not told.is_set()
             return
-        await send({"type": WATCH, "left": told.set})
-        if scope["path"] == "/taken-back":
-            await send({"type": WATCH, "left": None})
+        scope["extensions"][WATCH](told.set)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while (await receive())["type"] != "http.disconnect":
             pass
         kept.set()
 
     async with served(app) as listener:
-        for path, hears in (("/taken-back", False), ("/whole", False), ("/", True)):
+        for path, hears in (("/whole", False), ("/", True)):
             async with listener.peer() as peer:
                 peer.send(GET.replace(b"GET / ", b"GET %b " % path.encode()))
                 await peer.reader.readuntil(b"\r\n\r\n")
@@ -285,7 +282,7 @@ async def test_an_application_that_asks_too_late_is_called_at_once():
         await whole_body(receive)
         while (await receive())["type"] != "http.disconnect":
             pass
-        await send({"type": WATCH, "left": told.set})
+        scope["extensions"][WATCH](told.set)
         left.set()
 
     async with served(app) as listener, listener.peer() as peer:
@@ -293,6 +290,29 @@ async def test_an_application_that_asks_too_late_is_called_at_once():
         peer.hang_up()
         await asyncio.wait_for(left.wait(), PATIENCE_S)
         assert told.is_set()
+
+
+async def test_an_application_may_have_the_body_at_once_if_all_of_it_is_here():
+    """Once, and only then: what is still to come, or waits to be asked for, has to be received."""
+    had, asked = [], asyncio.Event()
+
+    async def app(scope, receive, send):
+        whole = scope["extensions"][WHOLE]
+        at_once = [whole(), whole()]
+        asked.set()
+        had.append([*at_once, await whole_body(receive) if at_once == [None, None] else None])
+        await answer(send)
+
+    async with served(app) as listener, listener.peer() as peer:
+        offered = post(3, b"Expect: 100-continue")
+        for sent, late in ((post(3) + b"abc", b""), (post(3) + b"a", b"bc"), (offered, b"abc")):
+            peer.send(sent)
+            await asked.wait()
+            asked.clear()
+            peer.send(late)
+            while (await peer.reply()).status == 100:
+                pass
+    assert had == [[b"abc", None, None], [None, None, b"abc"], [None, None, b"abc"]]
 
 
 # Expect: 100-continue, the commit point of the wire.

@@ -58,6 +58,8 @@ PEERCERT: Final = "substrate.peercert"
 """The extension by which our listener names a peer whose certificate was verified: `{"names": [...]}`."""
 ABORT: Final = "substrate.abort"
 """The extension by which our listener lets us cut a connection."""
+WATCH: Final = "substrate.watch"
+"""The extension of our listener that has a function called if the peer leaves before its reply is complete."""
 
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 _ORDER_BYTES_MAX: Final = 1_048_576
@@ -147,7 +149,7 @@ class NodeDaemon:
             if body is None:
                 return  # the agent left before the commit
             plain = invocation.request
-            with _HangUp(call.receive) as hang_up:
+            with _HangUp(call) as hang_up:
                 ending = await self._exchange(
                     call, claim, GuestRequest(plain.method, plain.target, plain.headers, body), invocation.id
                 )
@@ -223,7 +225,7 @@ class NodeDaemon:
         """One line of JSON for each report, until the agent leaves or the node ends."""
         if self._closed:
             raise GuestUnavailable(Reason.DRAINING, f"node {self._node.node_id!r} is stopping")
-        with _HangUp(call.receive) as hang_up:
+        with _HangUp(call) as hang_up:
             self._streams[hang_up] = None
             try:
                 async with aclosing(self._node.reports()) as reports:
@@ -337,45 +339,52 @@ class _Call:
 class _HangUp:
     """Leaves the block it guards as soon as the peer is gone, and goes on behind it.
 
-    Its one task awaits `receive` and cancels the task that runs the block, as `asyncio.timeout` would: a cancellation
-    from elsewhere stays one. The block calls `stop` before its last message, because a server also says `disconnect`
-    when a reply is complete.
+    It cancels the task that runs the block, as `asyncio.timeout` would: a cancellation from elsewhere stays one. Our
+    listener tells it; elsewhere one task awaits `receive`. The block calls `stop` before its last message, because a
+    server also says `disconnect` when a reply is complete.
     """
 
-    __slots__ = ("_cancelling", "_left", "_owner", "_receive", "_watcher")
+    __slots__ = ("_call", "_cancelling", "_left", "_owner", "_stopped", "_watcher")
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._left = False
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._left = self._stopped = False
+        self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
         owner = asyncio.current_task()
         assert owner is not None
         self._owner = owner
         self._cancelling = owner.cancelling()
-        # Owned by this block, which cancels it on every way out.
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="hang-up-watch")
+        watch = self._call.scope.get("extensions", {}).get(WATCH)
+        if watch is not None:
+            watch(self.leave)
+        else:
+            # Owned by this block, which cancels it on every way out.
+            self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="hang-up-watch")
         return self
 
     async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
+        while (await self._call.receive())["type"] != "http.disconnect":
             pass
         self.leave()
 
     def leave(self) -> None:
-        """Leave the block now."""
-        if not self._left:
+        """Leave the block now, unless it has said that it is as good as over."""
+        if not (self._left or self._stopped):
             self._left = True
             self._owner.cancel()
 
     def stop(self) -> None:
         """From now on a disconnect means nothing."""
-        self._watcher.cancel()
+        self._stopped = True
+        if self._watcher is not None:
+            self._watcher.cancel()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self._watcher.cancel()
+        self.stop()
         return self._left and self._owner.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError)
 
 

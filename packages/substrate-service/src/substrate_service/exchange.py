@@ -20,10 +20,12 @@ App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awa
 ABORT = "substrate.abort"
 """The message, and the extension, by which an application cuts its connection at once."""
 WATCH = "substrate.watch"
-"""The message, and the extension, by which an application has `left` called once nobody reads its reply any more.
+"""The extension that has a function called, without arguments, if nobody reads the reply any more: `Exchange.watch`.
 
-None takes that back. A task that awaits `receive` for this would cost as much as the rest of a small exchange.
+A task that awaits `receive` for this would cost as much as the rest of a small exchange.
 """
+WHOLE = "substrate.whole"
+"""The extension that gives the request body at once, if all of it is here: `Exchange.whole`. Nothing is to be timed."""
 
 ANSWERED = "substrate.answered"
 """Set in the `http.disconnect` of a request that the listener has answered itself, and has told of."""
@@ -79,10 +81,10 @@ class Exchange:
 
     __slots__ = (
         *("answered", "body", "gone", "head", "owes_continue", "reader", "replied", "reply_started"),
-        *("_chunked", "_connection", "_emit", "_end_told", "_left", "_length_left", "_news", "_scope", "_stays"),
+        *("_chunked", "_connection", "_emit", "_end_told", "_left", "_length_left", "_news", "_stays"),
     )
 
-    def __init__(self, head: Head, body: BodyReader, scope: Scope, connection: Connection, emit: Emit) -> None:
+    def __init__(self, head: Head, body: BodyReader, connection: Connection, emit: Emit) -> None:
         self.head = head
         self.reader = body
         self.replied = False
@@ -92,7 +94,6 @@ class Exchange:
         self.owes_continue = head.expects_continue
         self.body = b""
         self._end_told = False
-        self._scope = scope
         self._connection = connection
         self._emit = emit
         self._news: asyncio.Event | None = None  # while the application waits for any
@@ -123,10 +124,10 @@ class Exchange:
 
     # What the application does.
 
-    async def run(self, app: App) -> None:
+    async def run(self, app: App, scope: Scope) -> None:
         """Run the application; whatever it leaves unfinished, the connection does not wait for."""
         try:
-            await app(self._scope, self.receive, self.send)
+            await app(scope, self.receive, self.send)
         except asyncio.CancelledError:
             if not (self.gone or self.replied):
                 self._connection.abort()
@@ -154,6 +155,20 @@ class Exchange:
         self.leave()
         self._connection.replied(self, stay=False)
 
+    def watch(self, left: Callable[[], None]) -> None:
+        """Have `left` called once if the peer leaves before the reply is complete, or has left already."""
+        self._left = left
+        if self.gone:
+            self.leave()
+
+    def whole(self) -> bytes | None:
+        """The request body if all of it is here, and has not been received; None says to `receive`."""
+        if self.gone or self.owes_continue or self._end_told or not self.reader.whole:
+            return None
+        self._end_told = True
+        body, self.body = self.body, b""
+        return body
+
     async def receive(self) -> Message:
         """The next piece of the request body; once that is whole, wait for the peer to leave or the reply to end."""
         if self.owes_continue and not self.gone:
@@ -172,9 +187,6 @@ class Exchange:
     async def send(self, message: Message) -> None:
         """Send a piece of the reply, waiting while the peer reads too slowly. Dropped once the peer is gone."""
         kind = message["type"]
-        if kind == WATCH:
-            self._watch(message["left"])
-            return
         if kind == ABORT:
             self.leave()
             self._connection.abort()
@@ -193,11 +205,6 @@ class Exchange:
         if kind != "http.response.body":
             raise RuntimeError(f"the reply goes on with http.response.body, not {kind}")
         self._send_body(message.get("body", b""), more=message.get("more_body", False))
-
-    def _watch(self, left: Callable[[], None] | None) -> None:
-        self._left = left
-        if left is not None and self.gone:
-            self.leave()
 
     def _begin_reply(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         head = reply_head(
@@ -226,5 +233,6 @@ class Exchange:
             self._connection.write(data)
         if not more:
             self.replied = True
+            self._left = None
             self._tell()
             self._connection.replied(self, stay=self._stays)

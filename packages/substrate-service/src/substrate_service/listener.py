@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 from substrate_seam.errors import Reason
 from substrate_seam.events import Emit
 from substrate_service.bodies import BodyReader, BodyRefused, ChunkedBody, SizedBody
-from substrate_service.exchange import ABORT, WATCH, App, Exchange
+from substrate_service.exchange import ABORT, WATCH, WHOLE, App, Exchange
 from substrate_service.heads import Head, HeadReader, HeadRefused
 from substrate_service.replies import reply_head
 
@@ -153,7 +153,7 @@ class StrictProtocol(asyncio.Protocol):
             "scheme": "https" if is_ssl(self._transport) else "http",
             "root_path": "",
         }
-        self._extensions: dict[str, Any] = {ABORT: {}, WATCH: {}}
+        self._extensions: dict[str, Any] = {ABORT: {}}
         if names := _verified_names(transport.get_extra_info("peercert")):
             self._extensions[PEERCERT] = {"names": names}
         self._await_request()
@@ -232,6 +232,7 @@ class StrictProtocol(asyncio.Protocol):
         body = ChunkedBody() if head.content_length is None else SizedBody(head.content_length)
         raw_path, _, query = head.target.partition(b"?")
         path = raw_path.decode("ascii")
+        exchange = self._exchange = Exchange(head, body, self, self._config.emit)
         scope = {
             **self._about,
             "method": head.method,
@@ -240,11 +241,10 @@ class StrictProtocol(asyncio.Protocol):
             "query_string": query,
             "headers": head.headers,
             "state": self._app_state.copy(),
-            "extensions": self._extensions,
+            "extensions": {**self._extensions, WATCH: exchange.watch, WHOLE: exchange.whole},
         }
-        self._exchange = Exchange(head, body, scope, self, self._config.emit)
         # Every request starts from the connection's context, not from that of the request before it.
-        task = self._loop.create_task(self._exchange.run(self._config.loaded_app), context=self._context.copy())
+        task = self._loop.create_task(exchange.run(self._config.loaded_app, scope), context=self._context.copy())
         self._state.tasks.add(task)
         task.add_done_callback(self._state.tasks.discard)
 

@@ -35,15 +35,16 @@ def reply_head(
 
     Its framing is ours: of `headers` only Content-Length counts, and whether Connection asks to close.
     """
-    lines, framing = [status_line(status)], dict[bytes, bytes]()
-    for field, value in headers:
+    fields, framing = list(headers), dict[bytes, bytes]()
+    if _NOT_IN_VALUE.search(b"".join([value for _, value in fields])):
+        raise ValueError("the value of a field holds a control character")
+    lines = [status_line(status)]
+    for field, value in fields:
         name = _field_name(field)
-        if _NOT_IN_VALUE.search(value):
-            raise ValueError(f"the value of {name.decode()} holds a control character")
         if name in _FRAMING:
             framing[name] = framing[name] + b"," + value if name in framing else value
         else:
-            lines.append(b"%b: %b\r\n" % (name, value))
+            lines += (name, b": ", value, b"\r\n")
     length = _length(framing)
     if length is not None and status != 204:  # "no content" has no length to tell
         lines.append(b"content-length: %d\r\n" % length)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from types import TracebackType
-from typing import Final, Self
-
-from starlette.types import Receive, Scope, Send
+from typing import Any, Final, Self, cast
 
 from substrate_cluster.admission import Hold
 from substrate_cluster.ingress.errors import Fields, answer_to, refused, told_reason
@@ -16,10 +14,19 @@ from substrate_cluster.ingress.headers import started_fields, wants_json
 from substrate_seam.errors import InternalError, Reason, SubstrateError
 from substrate_seam.events import CallRefused, DefectFound, Emit
 
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+"""An ASGI application."""
+
 ABORT: Final = "substrate.abort"
 """The extension of our listener that breaks the connection, so that a cut reply never looks whole."""
 WATCH: Final = "substrate.watch"
-"""The extension of our listener that calls `left` when the caller leaves; None takes that back."""
+"""The extension of our listener that has a function called if the caller leaves before its reply is complete."""
+WHOLE: Final = "substrate.whole"
+"""The extension of our listener that gives the body at once if all of it is here, else None."""
 
 ANSWERED: Final = "substrate.answered"
 """Set by our listener when it says `http.disconnect` after an answer of its own, of which it has told."""
@@ -38,6 +45,7 @@ class Exchange:
         "_send",
         "body_bytes",
         "complete",
+        "extensions",
         "id",
         "receive",
         "scope",
@@ -48,6 +56,7 @@ class Exchange:
         self, scope: Scope, receive: Receive, send: Send, *, invocation_id: str, clock: Callable[[], float]
     ) -> None:
         self.scope = scope
+        self.extensions: Mapping[str, Any] = scope.get("extensions", {})
         self.receive = receive
         self._send = send
         self.id = invocation_id
@@ -95,18 +104,11 @@ class Exchange:
         if not self.status:
             status, fields, body = answer_to(error, self.id, as_json=wants_json(self.scope["headers"]))
             await self.answer(status, fields + (started_fields(error.started) if error.started else []), body)
-        elif ABORT in self.scope.get("extensions", {}):
+        elif ABORT in self.extensions:
             self.complete = True
             await self._send({"type": ABORT})
         else:
             raise error
-
-    async def watch(self, left: Callable[[], None] | None) -> bool:
-        """Have `left` called once when the caller leaves, None no more; false where the server can't do that."""
-        if WATCH not in self.scope.get("extensions", {}):
-            return False
-        await self._send({"type": WATCH, "left": left})
-        return True
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -153,19 +155,23 @@ def defect(error: Exception, invocation_id: str, *, emit: Emit) -> InternalError
     return InternalError("a defect in the substrate", hint="Please report it with the id of the invocation.")
 
 
-async def whole_body(receive: Receive, hold: Hold, *, bytes_max: int, within_s: float) -> bytes:
+async def whole_body(exchange: Exchange, hold: Hold, *, bytes_max: int, within_s: float) -> bytes:
     """The request's body, covered by `hold` as it arrives.
 
     Raises `body-too-large`, `body-timeout`, `overloaded`, or `bad-request` when the caller leaves meanwhile; `Answered`
     when the listener has told the caller what is wrong with it.
     """
+    if WHOLE in exchange.extensions and (whole := exchange.extensions[WHOLE]()) is not None:
+        check_size(len(whole), bytes_max=bytes_max)
+        hold.cover(len(whole))
+        return cast(bytes, whole)
     pieces: list[bytes] = []
     size = 0
     try:
         with _Deadline(within_s):
             more = True
             while more:
-                message = await receive()
+                message = await exchange.receive()
                 if message["type"] == "http.disconnect":
                     if message.get(ANSWERED):
                         raise Answered
@@ -259,16 +265,19 @@ class HangUpWatch(_Cut):
     a server also says `disconnect` when an answer is complete.
     """
 
-    __slots__ = ("_exchange", "_watcher")
+    __slots__ = ("_exchange", "_stopped", "_watcher")
     error = ClientLeft
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
+        self._stopped = False
         self._watcher: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Self:
-        self.__enter__()
-        if not await self._exchange.watch(self.fire):
+    def __enter__(self) -> Self:
+        super().__enter__()
+        if WATCH in self._exchange.extensions:
+            self._exchange.extensions[WATCH](self.fire)
+        else:
             # Owned by this block, which cancels it on every way out; a TaskGroup would wrap the executor's errors.
             self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="hang-up-watch")
         return self
@@ -278,15 +287,19 @@ class HangUpWatch(_Cut):
             pass
         self.fire()
 
-    async def stop(self) -> None:
-        """From now on a disconnect means nothing."""
-        if self._watcher is None:
-            await self._exchange.watch(None)
-        else:
+    def fire(self) -> None:
+        """End the block, unless a hang-up means nothing any more."""
+        if not self._stopped:
+            super().fire()
+
+    def stop(self) -> None:
+        """From now on a hang-up means nothing."""
+        self._stopped = True
+        if self._watcher is not None:
             self._watcher.cancel()
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.stop()
-        self.__exit__(kind, error, traceback)
+        self.stop()
+        super().__exit__(kind, error, traceback)

@@ -7,6 +7,7 @@ A page in a developer's browser can send requests to loopback, and by DNS rebind
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Final
 
@@ -15,6 +16,7 @@ from substrate_seam.errors import Reason
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _EVERY_ADDRESS: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104  # recognised here, bound nowhere
+_REMEMBERED: Final = 64
 _OWN_SITES: Final = ([b"same-origin"], [b"none"])
 
 
@@ -61,6 +63,7 @@ class HostRule:
         self._names = hosts - _EVERY_ADDRESS
         self._any_name = "*" in hosts
         self._any_address = not hosts.isdisjoint(_EVERY_ADDRESS)
+        self._is_served = lru_cache(_REMEMBERED)(self._serves)  # the same few come all the time
 
     def check(self, ours: Mapping[bytes, list[bytes]]) -> bytes:
         """The request's `Host`; raises `bad-request` or `forbidden`."""
@@ -68,7 +71,7 @@ class HostRule:
         if len(hosts) != 1:
             raise refused(Reason.BAD_REQUEST, f"the request has {len(hosts)} Host fields; accepted is exactly one")
         host = hosts[0]
-        if not self._serves(host.decode("latin-1")):
+        if not self._is_served(host):
             found = host[:100].decode("latin-1")
             raise _forbidden(f"Host {found!r} is not served here: see the setting {self._setting}.")
         for origin in ours.get(b"origin", ()):
@@ -78,8 +81,8 @@ class HostRule:
             raise _forbidden("Web pages of another site may not call workloads.")
         return host
 
-    def _serves(self, host: str) -> bool:
-        name = host_of(host)
+    def _serves(self, host: bytes) -> bool:
+        name = host_of(host.decode("latin-1"))
         return name in self._names or self._any_name or (self._any_address and _is_literal(name))
 
 

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from msgspec import Struct
 
-from substrate_cluster.admission import Admission, Hold
+from substrate_cluster.admission import Admission
 from substrate_cluster.auth import Authenticator
 from substrate_cluster.ingress.errors import refused, told_reason
 from substrate_cluster.ingress.exchange import ClientLeft, Exchange, HangUpWatch, check_size, defect, whole_body
@@ -186,7 +186,9 @@ class Front:
         check_size(announced_bytes, bytes_max=self._limits.body_bytes_max)
         with self._admission.admit(caller) as hold:
             hold.cover(announced_bytes)
-            body = await self._body(exchange, hold)
+            body = await whole_body(
+                exchange, hold, bytes_max=self._limits.body_bytes_max, within_s=self._limits.body_within_s
+            )
             guest_fields = to_guest(fields, host=host, authorization_used=self._authenticator.uses_authorization)
             caller_trace = trace_of(fields.ours)
             invocation = Invocation(
@@ -202,10 +204,6 @@ class Front:
                 trace=self._join(exchange.id, caller_trace),
             )
             await self._answer(exchange, invocation, caller_trace)
-
-    async def _body(self, exchange: Exchange, hold: Hold) -> bytes:
-        limits = self._limits
-        return await whole_body(exchange.receive, hold, bytes_max=limits.body_bytes_max, within_s=limits.body_within_s)
 
     async def _answer(self, exchange: Exchange, invocation: Invocation, caller_trace: Trace | None) -> None:
         """Run an accepted invocation to whatever end it takes, and tell of that end exactly once."""
@@ -236,14 +234,15 @@ class Front:
 
     async def _relay(self, exchange: Exchange, invocation: Invocation, ending: _Ending) -> None:
         """Stream the guest's reply as it arrives; whichever way this ends, the guest is given back."""
-        async with HangUpWatch(exchange) as watch, self._executor.invoke(invocation) as reply:
-            ending.reply = reply
-            fields = from_guest(reply.headers, status=reply.status)
-            await exchange.head(reply.status, fields + started_fields(reply.started))
-            async for piece in reply.body:
-                await exchange.piece(piece)
-            await watch.stop()
-            await exchange.end()
+        with HangUpWatch(exchange) as watch:
+            async with self._executor.invoke(invocation) as reply:
+                ending.reply = reply
+                fields = from_guest(reply.headers, status=reply.status)
+                await exchange.head(reply.status, fields + started_fields(reply.started))
+                async for piece in reply.body:
+                    await exchange.piece(piece)
+                watch.stop()
+                await exchange.end()
 
 
 class _Ending:

@@ -41,7 +41,8 @@ class Connection(asyncio.Protocol):
         self._write_paused = False
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since_s = 0.0
-        self._deadline: asyncio.TimerHandle | None = None
+        self._overdue_at_s: float | None = None  # while an exchange goes on
+        self._timer: asyncio.TimerHandle | None = None
         self._used = False
         self.idle_since_s = 0.0
         self.stale = False
@@ -59,10 +60,16 @@ class Connection(asyncio.Protocol):
         self._transport.write(request)
 
     def bound(self, within_s: float) -> None:
-        """Let what is still to come take so many seconds from now."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = self._loop.call_later(within_s, self._check_time)
+        """Let what is still to come take so many seconds from now.
+
+        A timer that runs out earlier is kept and set anew then: most bounds are kept, and timers cost more than them.
+        """
+        self._overdue_at_s = at_s = self._loop.time() + within_s
+        if self._timer is not None and self._timer.when() > at_s:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_at(at_s, self._check_time)
 
     async def go_ahead(self) -> int:
         """Wait until the peer wants the body (100) or has answered without it (its status). Raises `Broken`."""
@@ -138,9 +145,7 @@ class Connection(asyncio.Protocol):
     def finish(self) -> None:
         """End the exchange: keep the connection if it can carry another, else cut it."""
         reader, self._reader = self._reader, None
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        self._overdue_at_s = None
         if self.failure is None and reader is not None and reader.complete and reader.keep_alive:
             self._pieces.clear()
             self._took(self._buffered)
@@ -187,8 +192,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Belong to nobody any more."""
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self.fail(Broken(f"the connection broke ({exc})" if exc else "it closed the connection"))
         self._home.closed(self)
 
@@ -232,9 +237,14 @@ class Connection(asyncio.Protocol):
 
     def _check_time(self) -> None:
         """The time is up; but a slow reader of ours is no fault of the peer's, which has `grace_s` from its asking."""
-        waited_s = self._loop.time() - self._waiting_since_s if self._waiter is not None else 0.0
-        if waited_s < self._home.grace_s:
-            self._deadline = self._loop.call_later(self._home.grace_s - waited_s, self._check_time)
+        self._timer = None
+        if self._overdue_at_s is None:
+            return
+        now_s = self._loop.time()
+        waited_s = now_s - self._waiting_since_s if self._waiter is not None else 0.0
+        left_s = max(self._overdue_at_s - now_s, self._home.grace_s - waited_s)
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._check_time)
         else:
             self.stale = False  # it stands; it is only silent
             self.fail(Overdue("it said nothing for too long"))

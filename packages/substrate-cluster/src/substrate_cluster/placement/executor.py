@@ -125,7 +125,9 @@ class _Placing:
             if left_s <= 0:
                 break
             executor.tell_placed(invocation, attempt, placed)
-            block = node.invoke(structs.replace(invocation, attempt=attempt, start_within_s=left_s))
+            if attempt > invocation.attempt:
+                invocation = structs.replace(invocation, attempt=attempt, start_within_s=left_s)
+            block = node.invoke(invocation)
             try:
                 reply = await block.__aenter__()
             except GuestUnavailable as error:
