@@ -34,6 +34,8 @@ TIMED_OUT, FAILED = 124, 125
 """Exit statuses that are not the command's."""
 NAME = "emulated-machine"
 DISK_BYTES = 32 << 30
+MEMORY_MIB = 4096
+TESTS_WITHIN_S = 7200.0
 KERNEL_SOURCE = Path("/usr/src/linux-source-6.1.tar.xz")
 PACKAGES = (
     "linux-source-6.1",
@@ -59,8 +61,9 @@ KERNEL_OPTIONS = {
         SERIAL_8250_PNP SERIAL_8250_NR_UARTS=1 SERIAL_8250_RUNTIME_UARTS=1 VIRTIO_CONSOLE
         INPUT INPUT_KEYBOARD KEYBOARD_ATKBD SERIO SERIO_I8042 PRINTK BUG KALLSYMS""",
     "disks and file systems": """BLOCK BLK_DEV BLK_DEV_LOOP VIRTIO_BLK EXT4_FS EXT4_FS_POSIX_ACL OVERLAY_FS
-        PROC_FS PROC_SYSCTL PROC_PAGE_MONITOR SYSFS TMPFS TMPFS_POSIX_ACL TMPFS_XATTR DEVTMPFS DEVTMPFS_MOUNT
-        NETWORK_FILESYSTEMS NET_9P NET_9P_VIRTIO 9P_FS 9P_FS_POSIX_ACL BLK_DEV_INITRD RD_GZIP""",
+        PROC_FS PROC_SYSCTL PROC_PAGE_MONITOR PROC_CHILDREN SYSFS TMPFS TMPFS_POSIX_ACL TMPFS_XATTR
+        DEVTMPFS DEVTMPFS_MOUNT NETWORK_FILESYSTEMS NET_9P NET_9P_VIRTIO 9P_FS 9P_FS_POSIX_ACL
+        BLK_DEV_INITRD RD_GZIP""",
     "sockets": "NET UNIX PACKET INET IPV6 NETDEVICES NET_CORE TUN VSOCKETS VIRTIO_VSOCKETS",
     "randomness, also for clones": "HW_RANDOM HW_RANDOM_VIRTIO VIRT_DRIVERS VMGENID RANDOM_TRUST_CPU",
     "time": "PTP_1588_CLOCK PTP_1588_CLOCK_KVM",
@@ -336,6 +339,36 @@ def ready(directory: Path) -> tuple[Path, tuple[str, ...]]:
     return kernel, (f"{unpacked}/usr/bin/qemu-system-x86_64", "-L", f"{share}/qemu", "-L", f"{share}/seabios")
 
 
+def tests(directory: Path, arguments: Sequence[str]) -> tuple[Machine, list[str], dict[str, str]]:
+    """The machine, the command and the environment of the tests that take real microVMs."""
+    missing = [name for name in ("firecracker", "jailer") if not os.access(directory / name, os.X_OK)]
+    project = Path(__file__).resolve().parents[1]
+    if missing:
+        raise NotPossible(
+            f"{directory} has no {' and no '.join(missing)} to run: unpack a release of Firecracker there, and "
+            "take the version out of the names of its two programs"
+        )
+    if not (project / ".venv").exists():
+        raise NotPossible(f"there is no environment in {project}: run `uv sync` first")
+    try:
+        kernel, qemu = ready(cache())
+    except NotPossible:
+        set_up(cache())
+        kernel, qemu = ready(cache())
+    environ = {
+        **os.environ,
+        "FC_INVOKE_FIRECRACKER_BIN": str(directory.resolve() / "firecracker"),
+        "FC_INVOKE_KERNEL_IMAGE": str(kernel),
+    }
+    options = ["-n", "0", "-o", "faulthandler_timeout=1800", "-m", "firecracker"]
+    # Only the files that have such a test: the machine takes minutes to read all of them.
+    files = [
+        str(file) for file in sorted((project / "tests").rglob("test_*.py")) if "mark.firecracker" in file.read_text()
+    ]
+    command = [str(project / ".venv/bin/python"), "-m", "pytest", *options, *files, *arguments]
+    return Machine(kernel, qemu, MEMORY_MIB, os.cpu_count() or 1, ()), command, environ
+
+
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -343,13 +376,18 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     verbs.add_parser("setup", help="install packages and build the kernel: once, as root, on a Debian for amd64")
     verbs.add_parser("guest-kernel", help="print the path of the kernel, for a microVM to boot")
     running = verbs.add_parser("run", help="run a command as root in the machine; the exit status is its own")
-    running.add_argument("--memory", type=int, default=4096, metavar="MIB")
+    running.add_argument("--memory", type=int, default=MEMORY_MIB, metavar="MIB")
     running.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
     running.add_argument("--timeout", type=float, metavar="SECONDS", help=f"exit status {TIMED_OUT} afterwards")
     running.add_argument(
         "--share", type=Path, action="append", default=[], metavar="DIR", help="keep what is written there"
     )
     running.add_argument("command", nargs="+", metavar="COMMAND")
+    testing = verbs.add_parser("test", help="run the tests that take real microVMs; set up first where that is missing")
+    testing.add_argument(
+        "firecracker", type=Path, metavar="DIR", help="where `firecracker` and `jailer` of a release are"
+    )
+    testing.add_argument("pytest", nargs="*", metavar="ARG", help="what pytest is told besides, after `--`")
     verbs.add_parser("inside").add_argument("control", type=Path)
     return parser.parse_args(arguments)
 
@@ -364,6 +402,8 @@ def main(arguments: Sequence[str]) -> int:
         if asked.verb == "setup":
             print(set_up(cache()))
             return 0
+        if asked.verb == "test":
+            return run(*tests(asked.firecracker, asked.pytest), timeout_s=TESTS_WITHIN_S)
         kernel, qemu = ready(cache())
         if asked.verb == "guest-kernel":
             print(kernel)

@@ -128,3 +128,32 @@ def test_without_a_kernel_it_says_what_to_do(tool, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("EMULATED_MACHINE_CACHE", str(tmp_path))
     assert tool.main(["run", "true"]) == tool.FAILED
     assert "run `emulated_machine.py setup` first" in capsys.readouterr().err
+
+
+def test_the_tests_of_real_microvms_are_one_command(tool, tmp_path, monkeypatch):
+    """With the programs of a directory and the kernel that was built, in this project's own environment."""
+    monkeypatch.setattr(tool, "ready", lambda directory: (directory / "vmlinux", ("qemu-system-x86_64",)))
+    monkeypatch.setenv("EMULATED_MACHINE_CACHE", str(tmp_path))
+    for name in ("firecracker", "jailer"):
+        (tmp_path / name).touch(mode=0o755)
+    asked = tool.parsed(["test", str(tmp_path), "--", "-k", "clones"])
+    machine, command, environ = tool.tests(asked.firecracker, asked.pytest)
+    assert command[1:3] == ["-m", "pytest"]
+    assert command[command.index("firecracker") - 1] == "-m"
+    assert command[-2:] == ["-k", "clones"]
+    assert str(TOOL.parents[1] / "tests/node/fcvm/test_real.py") in command
+    assert environ["FC_INVOKE_FIRECRACKER_BIN"] == str(tmp_path / "firecracker")
+    assert environ["FC_INVOKE_KERNEL_IMAGE"] == str(machine.kernel) == str(tmp_path / "vmlinux")
+
+
+def test_a_directory_without_both_programs_is_refused(tool, tmp_path):
+    (tmp_path / "firecracker").touch(mode=0o755)
+    with pytest.raises(tool.NotPossible, match="has no jailer to run: unpack a release"):
+        tool.tests(tmp_path, [])
+
+
+def test_the_kernel_tells_what_process_guests_take(tool):
+    """Control groups with every bound, and the children of a process."""
+    options = set(tool.kernel_config().split())
+    for name in ("MEMCG", "CGROUP_PIDS", "CFS_BANDWIDTH", "PROC_CHILDREN", "USER_NS", "SECCOMP_FILTER"):
+        assert f"CONFIG_{name}=y" in options
