@@ -60,6 +60,22 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 """The distribution's interpreter, which every user may run; the one of the tests may lie in somebody's home."""
 
 
+def _control_groups_can_be_made() -> bool:
+    """Whether memory, tasks and processors of a group of version 2 can be bounded by whoever runs the tests."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    root = next((Path(place) for _, place, kind, *_ in mounts if kind == "cgroup2"), None)
+    if root is None:
+        return False
+    group = root / f"substrate-tests-{os.getpid()}"
+    try:
+        (root / "cgroup.subtree_control").write_text("+memory +pids +cpu")
+        group.mkdir()
+        group.rmdir()
+    except OSError:
+        return False
+    return True
+
+
 def _loops_can_be_mounted() -> bool:
     """Whether the kernel itself can be asked what is in a file system."""
     if os.geteuid() != 0 or shutil.which("losetup") is None or shutil.which("mount") is None:
@@ -87,6 +103,10 @@ PARTS: dict[str, Part] = {
     "debugfs": program("debugfs", "e2fsprogs"),
     "e2fsck": program("e2fsck", "e2fsprogs"),
     "loop-mount": Part(_loops_can_be_mounted, "run the tests as root on a kernel with loop devices and ext4"),
+    "control-groups": Part(
+        _control_groups_can_be_made,
+        "run the tests as root on a machine with control groups of version 2 (`tools/emulated_machine.py run` is one)",
+    ),
     "curl": program("curl", "curl"),
     "gcc": program("gcc", "build-essential"),
     "nginx": program("nginx", "nginx-light"),

@@ -41,8 +41,13 @@ class ProcessRig:
         _KNOWN[self.python] = await self.vmm.probe(), self.vmm._interpreters._known
 
     def left(self) -> Collection[str]:
-        """Directories of guests, and children of this process that it had not before."""
-        return [*(path.name for path in self.run.iterdir()), *(children() - self._others)]
+        """Directories and control groups of guests, and children of this process that it had not before."""
+        return [*(path.name for path in self.run.iterdir()), *self.groups(), *(children() - self._others)]
+
+    def groups(self) -> dict[str, Path]:
+        """The control groups of guests, where this host gives them some, by guest."""
+        parent = self.vmm._groups._parent if self.vmm._groups is not None else None
+        return {group.name: group for group in parent.iterdir() if group.is_dir()} if parent is not None else {}
 
 
 WARM = ("python", "-m", "substrate_guest", "serve", "warm:app")
@@ -88,7 +93,7 @@ class CloneRig(WarmRig):
 
     def left(self) -> Collection[str]:
         """What there is beside that base and the process that keeps it; a clone is no child of ours and has no file."""
-        return [*(left for left in super().left() if left != "base"), *self.vmm._guests]
+        return [*(left for left in super().left() if left not in {"base", "source-of-base"}), *self.vmm._guests]
 
 
 class _CloningVmm(ProcessVmm):
@@ -129,6 +134,7 @@ async def process_rig(run: Path, *, python: str = sys.executable) -> AsyncIterat
     await rig.know_the_host()
     yield rig
     assert not (left := rig.left()), f"left behind: {left}"
+    await rig.vmm.aclose()
 
 
 @asynccontextmanager
@@ -138,6 +144,7 @@ async def warm_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[
     await rig.know_the_host()
     yield rig
     assert not (left := rig.left()), f"left behind: {left}"
+    await rig.vmm.aclose()
 
 
 @asynccontextmanager
@@ -150,3 +157,4 @@ async def clone_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator
     assert not (left := rig.left()), f"left behind: {left}"
     await rig.end()
     assert not ProcessRig.left(rig)
+    await rig.vmm.aclose()

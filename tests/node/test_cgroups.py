@@ -50,6 +50,9 @@ def test_the_most_that_a_guest_had_at_once_is_what_its_group_says(root: Path):
     assert group.sampled(read) == read
     (root / "ours" / "g1" / "memory.peak").write_text(f"{100 * 2**20}\n")
     assert group.sampled(read) == Sample(cpu_ms=5.0, peak_mib=100.0)
+    assert group.sampled(read, cloned=True) == Sample(cpu_ms=5.0, peak_mib=100.0)
+    more = Sample(cpu_ms=5.0, peak_mib=117.0)
+    assert group.sampled(more, cloned=True) == more, "what it has from its base is not in its group"
     assert GuestGroup(None, "g1", memory_mib=64, cpus=2).sampled(read) == read
 
 
@@ -67,6 +70,19 @@ def test_bounds_that_a_kernel_has_files_for_are_set(root: Path, monkeypatch: pyt
     groups.hold("g1", memory_mib=64, cpus=2)
     found = contents(root / "ours" / "g1")
     assert (found["memory.swap.max"], found["memory.oom.group"], found["cpu.max"]) == ("0", "1", "200000 100000")
+
+
+async def test_the_group_of_a_base_grows_with_the_clones_that_live_and_seldom(root: Path):
+    """What they take before they are held stays with it; twice as many have room as there are."""
+    groups = ControlGroups.ready("ours", root=root)
+    groups.hold("base", memory_mib=64, cpus=1)
+    group = GuestGroup(groups, "base", memory_mib=64, cpus=1)
+    bounds_mib = []
+    for clones in (1, 16, 17, 34):
+        await group.make_room(clones)
+        bounds_mib.append(int(contents(root / "ours" / "base")["memory.max"]) >> 20)
+    assert bounds_mib == [64 + 16 * 17] * 2 + [64 + 16 * 35] * 2
+    await GuestGroup(None, "base", memory_mib=64, cpus=1).make_room(1000)
 
 
 def test_a_group_is_removed_with_what_runs_in_it_and_so_is_what_was_left(root: Path):

@@ -27,6 +27,7 @@ from real_parts import is_full, needs
 from substrate_node.clones import FACTS, CannotVerify, verify_clones
 from substrate_node.node import LocalNode, NodeIdentity
 from substrate_node.procvm import clone as clone_module
+from substrate_node.procvm import vmm as vmm_module
 from substrate_node.procvm.inputs import Inputs
 from substrate_node.procvm.wire import ZygoteWire
 from substrate_node.ready import IdentityMint
@@ -211,6 +212,18 @@ async def test_what_has_a_warm_start_is_served_by_our_shim_and_asked_in_our_way(
     with pytest.raises(VmmError, match="none that could become a base"):
         await rig.vmm.capture(warm_workload(name="other", command=("true",)), guest, "b")
     await rig.vmm.discard("g")
+
+
+async def test_a_kernel_that_tells_of_no_children_has_no_warm_start_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Guests start cold there, instead of failing at every capture."""
+    monkeypatch.setattr(vmm_module, "_CHILDREN_TOLD", tmp_path / "children")
+    rig = WarmRig(tmp_path / "run")
+    missing = {measure.name: measure.why_not for measure in (await rig.vmm.probe()).missing}
+    assert "CONFIG_PROC_CHILDREN" in missing["warm-start"]
+    assert await rig.vmm.input_key(warm_workload()) is None
+    await rig.vmm.aclose()
 
 
 # What a base is made of.

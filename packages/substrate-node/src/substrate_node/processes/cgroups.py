@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from substrate_node.processes.procfs import read
 NEEDED = {"memory", "pids"}
 WISHED = {"cpu"}
 OVERHEAD_MIB = 16
-"""What a guest may use beside the memory of its workload: its first process is ours."""
+"""What a guest may use beside the memory of its workload: its first process is ours. And a clone, until it is held."""
 TASKS_MAX = 2048
 _PERIOD_US = 100_000
+_ENDS_WITHIN_S = 5.0
 
 
 class NoControlGroups(Exception):
@@ -58,6 +60,15 @@ class ControlGroups:
             if (group / file).exists() or file in ("memory.max", "pids.max"):
                 (group / file).write_text(str(bound))
 
+    def make_room(self, guest_id: str, *, memory_mib: int, clones: int) -> None:
+        """Let a guest that is cloned use what so many living clones take of it.
+
+        What a clone makes and copies before it is in its own group counts as that of the process it is a copy of for
+        as long as the clone lives: 3 MiB and more.
+        """
+        bound_mib = memory_mib + OVERHEAD_MIB * (1 + clones)
+        (self._parent / guest_id / "memory.max").write_text(str(bound_mib * 2**20))
+
     def enter(self, guest_id: str, pid: int) -> None:
         """Have a process in the group of a guest, and whatever it will start. May take many milliseconds."""
         (self._parent / guest_id / "cgroup.procs").write_text(str(pid))
@@ -72,13 +83,20 @@ class ControlGroups:
         return None
 
     def remove(self, guest_id: str) -> None:
-        """Leave nothing of a group, nor of what runs in it; one that is not there is left already."""
+        """Leave nothing of a group, nor of what runs in it; one that is not there is left already.
+
+        Blocks until what was killed has ended, which may take seconds.
+        """
         group = self._parent / guest_id
         kill = group / "cgroup.kill"  # Linux 5.14 or later
-        if kill.exists():
-            kill.write_text("1")
-        with suppress(FileNotFoundError):
+        try:
+            if kill.exists():
+                kill.write_text("1")
+                _wait_until_empty(group)
             group.rmdir()
+        except OSError:
+            if group.exists():
+                raise
 
     def sweep(self) -> None:
         """Leave nothing of what an earlier daemon left."""
@@ -89,6 +107,15 @@ class ControlGroups:
         """Leave nothing of the parent either, once its guests are gone."""
         with suppress(FileNotFoundError):
             self._parent.rmdir()
+
+
+def _wait_until_empty(group: Path) -> None:
+    """Return when nothing runs in a group, or nothing changes there any more: what is killed takes its time to end."""
+    with (group / "cgroup.events").open() as events:
+        changes = select.poll()
+        changes.register(events, select.POLLPRI)
+        while "populated 1" in events.read() and changes.poll(_ENDS_WITHIN_S * 1000):
+            events.seek(0)
 
 
 def mounted() -> Path | None:

@@ -34,6 +34,7 @@ class Origin(Protocol):
     place: Path
 
     def adopt(self, clone: Clone) -> None: ...  # noqa: D102
+    async def make_room(self) -> None: ...  # noqa: D102
     async def let_go(self, clone: Clone) -> None: ...  # noqa: D102
     def end(self, inner_pid: int) -> asyncio.Future[Ended | None]: ...  # noqa: D102
 
@@ -71,8 +72,11 @@ class Clone:
     async def begin(self, boot_id: str) -> None:
         """Have it forked. It isolates itself then, and ends where that fails. Raises `VmmError`."""
         try:
+            await self._origin.make_room()
             order = self._origin.wire.order(self.guest_id, boot_id, self._descriptors, on_born=self._on_born)
             answer = self._answer = await order
+        except OSError as error:
+            raise VmmError(f"restore: the zygote's control group has no room for {self.guest_id}: {error}") from error
         finally:
             self._theirs.close()  # kept open, the listening socket would make a connection hang after the guest's death
         await asyncio.shield(answer)
@@ -95,7 +99,7 @@ class Clone:
         """See `Guest.sample`, and `usage.sampled` for what is counted."""
         if self.pid is None or self.exited.done():
             return Sample(None, None)
-        return self._group.sampled(sampled(self.pid, first_is_ours=False))
+        return self._group.sampled(sampled(self.pid, first_is_ours=False), cloned=True)
 
     @property
     def gone(self) -> asyncio.Future[Exit]:
@@ -118,7 +122,7 @@ class Clone:
             self._end("it never ran")
         self.kill()
         await asyncio.wait({self.exited})
-        self._group.remove()
+        await self._group.remove()
         await self._origin.let_go(self)
 
     def _on_born(self, born: Born) -> None:

@@ -117,7 +117,7 @@ class ProcessGuest:
         self.kill()
         await asyncio.wait({self.gone})
         if self._launch is not None:
-            self._launch.group.remove()
+            await self._launch.group.remove()
         await off_loop(self._directory.remove)  # a disk takes its time to remove a directory
 
     def _on_child_end(self, ended: Ended) -> None:

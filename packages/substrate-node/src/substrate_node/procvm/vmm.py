@@ -42,6 +42,7 @@ _TRIAL_ENDS_WITHIN_S, _TRIAL_MIB = 30.0, 256
 SHIM = ["-m", "substrate_guest"]
 """How the command of a workload goes on after its interpreter if the process can be cloned."""
 _OWN_READY_PATH = "/shim/ready"
+_CHILDREN_TOLD = Path("/proc/thread-self/children")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -286,6 +287,9 @@ class ProcessVmm:
         missing = WARM_START_RESTS_ON - report.applied
         if missing:
             return f"it rests on {', '.join(sorted(missing))}"
+        # A captured process may have none, and the clones that a lost zygote did not tell of are found there.
+        if not os.access(_CHILDREN_TOLD, os.R_OK):
+            return "this kernel does not tell of the children of a process: it is built without CONFIG_PROC_CHILDREN"
         try:
             await self._trial("probe-3", report, zygote=True)
         except VmmError as error:

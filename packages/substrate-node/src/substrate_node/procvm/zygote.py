@@ -46,6 +46,10 @@ class Zygote:
         """Answer for a clone from before it is made until it is let go."""
         self._clones.add(clone)
 
+    async def make_room(self) -> None:
+        """Have its control group hold what its clones leave there. Raises `OSError`."""
+        await self._launch.group.make_room(len(self._clones))
+
     async def let_go(self, clone: Clone) -> None:
         """Hear that nothing is left of a clone; may be repeated."""
         self._clones.discard(clone)
@@ -72,7 +76,7 @@ class Zygote:
         if self._retired and not self._clones:
             self._launch.family.kill()
             await asyncio.wait({self._launch.family.gone})
-            self._launch.group.remove()
+            await self._launch.group.remove()
             await off_loop(self._directory.remove)  # a disk takes its time to remove a directory
 
     def _on_child_end(self, end: Ended) -> None:
