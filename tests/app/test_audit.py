@@ -1,7 +1,14 @@
 """The audit's judgement: what callers were told, held against what guests wrote down."""
 
-from fc_invoke.audit import Answer, judge
+import httpx
+import msgspec
+import pytest
+from msgspec import structs
+
+from fc_invoke.audit import Answer, AuditImpossible, judge, settled
 from fc_invoke.auditing import told
+from substrate_service.live import Live
+from substrate_service.snapshot import WorkloadNow
 
 
 def answer(**fields):
@@ -55,3 +62,42 @@ def test_the_report_counts_what_callers_did_and_names_every_lie():
     assert "1  leaving    left before it was told anything" in report
     assert "3 calls, 1 answers that were not the truth" in report
     assert "a: its caller was told" in report
+
+
+class Nodes:
+    """Admin listeners of two nodes: at each look at one, the next of its states is told, the last one for ever."""
+
+    def __init__(self, **busy):
+        self.busy, self.asked = busy, []
+
+    def __call__(self, request):
+        assert request.url.path == "/v1/live"
+        self.asked.append(request.url.host)
+        states = self.busy[request.url.host]
+        busy, waiting = states.pop(0) if len(states) > 1 else states[0]
+        workloads = [WorkloadNow(workload="other", busy=3), WorkloadNow(workload="echo", busy=busy, waiting=waiting)]
+        now = Live(clock=lambda: 0.0, wall_ms=lambda: 0).snapshot(nodes=[], lost={}, reasons=[])
+        return httpx.Response(200, content=msgspec.json.encode(structs.replace(now, workloads=workloads)))
+
+    async def settle(self, *, within_s):
+        async with httpx.AsyncClient(transport=httpx.MockTransport(self)) as operator:
+            await settled(operator, ["http://n1", "http://n2"], "echo", within_s=within_s)
+
+
+async def test_journals_are_read_when_every_node_says_that_the_calls_have_ended():
+    """Whatever waits or runs of the workload may still act; calls of other workloads are waited for by nobody."""
+    nodes = Nodes(n1=[(1, 2), (0, 1), (0, 0)], n2=[(1, 0), (0, 0)])
+    await nodes.settle(within_s=30.0)
+    assert nodes.asked == ["n1", "n1", "n1", "n2", "n2"]
+
+
+async def test_an_audit_does_not_wait_for_ever_where_others_call_the_workload_too():
+    nodes = Nodes(n1=[(1, 0)], n2=[(0, 0)])
+    await nodes.settle(within_s=0.05)
+    assert set(nodes.asked) == {"n1"}
+
+
+async def test_a_node_that_does_not_say_what_it_is_at_makes_an_audit_impossible():
+    async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(403, text="no"))) as operator:
+        with pytest.raises(AuditImpossible, match="http://n1/v1/live: no"):
+            await settled(operator, ["http://n1"], "echo", within_s=1.0)

@@ -15,10 +15,14 @@ from contextlib import suppress
 from random import Random
 
 import httpx
+import msgspec
 from msgspec import Struct
 
 from fc_invoke.client import unanswered
+from substrate_service.snapshot import Snapshot
 
+SETTLED_WITHIN_S = 30.0
+_LOOK_EVERY_S = 0.02
 _HEAD_BYTES_MAX = 65_536
 
 
@@ -84,7 +88,7 @@ async def audit(
     async with _client(token) as client, _client(admin_token) as operator:
         await _read_journals(operator, journals)  # fail before any load if there is none
         answers = await _misbehave(client, urls, load, progress)
-        await asyncio.sleep(1.0)  # a guest whose caller left may still be writing down that it acts
+        await settled(operator, journals, load.workload, within_s=SETTLED_WITHIN_S)
         journal = await _read_journals(operator, journals)
     return answers, judge(answers, journal)
 
@@ -185,17 +189,40 @@ _MANNERS: list[Callable[[httpx.AsyncClient, str, Random], Awaitable[Answer]]] = 
 ]
 
 
+async def settled(operator: httpx.AsyncClient, journals: Sequence[str], workload: str, *, within_s: float) -> None:
+    """Return when each node says that no call of the workload waits or runs: until then a guest may still act.
+
+    After `within_s` seconds it returns as well; others may call the workload all the time. Raises `AuditImpossible`.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            for url in journals:
+                while await _is_called(operator, url, workload):  # noqa: ASYNC110  # another process, which only answers
+                    await asyncio.sleep(_LOOK_EVERY_S)
+
+
+async def _is_called(operator: httpx.AsyncClient, url: str, workload: str) -> bool:
+    now = msgspec.json.decode(await _told(operator, f"{url}/v1/live"), type=Snapshot)
+    return any(each.busy or each.waiting for each in now.workloads if each.workload == workload)
+
+
 async def _read_journals(operator: httpx.AsyncClient, journals: Sequence[str]) -> list[tuple[str, int]]:
     entries: list[tuple[str, int]] = []
     for url in journals:
-        try:
-            answer = await operator.get(f"{url}/v1/audit")
-        except httpx.HTTPError as error:
-            raise AuditImpossible(unanswered(url, error, option="--admin-url or --journal")) from error
-        if answer.status_code != 200:
-            raise AuditImpossible(f"{url}: {answer.text.strip()}")
-        entries += [(line.split()[0], int(line.split()[1])) for line in json.loads(answer.content)["entries"]]
+        lines = json.loads(await _told(operator, f"{url}/v1/audit"))["entries"]
+        entries += [(line.split()[0], int(line.split()[1])) for line in lines]
     return entries
+
+
+async def _told(operator: httpx.AsyncClient, url: str) -> bytes:
+    """What an admin listener answers. Raises `AuditImpossible`."""
+    try:
+        answer = await operator.get(url)
+    except httpx.HTTPError as error:
+        raise AuditImpossible(unanswered(url, error, option="--admin-url or --journal")) from error
+    if answer.status_code != 200:
+        raise AuditImpossible(f"{url}: {answer.text.strip()}")
+    return answer.content
 
 
 def _client(token: str | None) -> httpx.AsyncClient:
