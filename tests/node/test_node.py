@@ -103,21 +103,29 @@ def test_reports_follow_changes_within_50_ms_and_come_every_2_s():
 
 
 def test_what_a_reader_pieces_together_is_what_the_node_would_say():
-    """The first report and all changes since, against a whole one."""
+    """The first report and all changes since, against a whole one in the very moment of each report."""
 
     async def story(house: House) -> None:
-        async with heard(house) as reports:
-            await house.warmed(ONE, WARM, POOLED)
-            calls = [house.start(house.call(each)) for each in (ONE, ONE, WARM, POOLED)]
-            for moment_s in (0.05, 0.05, 0.1, 0.3, 1.0):
-                await asyncio.sleep(moment_s)
-                await asyncio.sleep(0.06)
-                known: dict[str, object] = {}
-                for _, report in reports:
-                    known |= report.workloads
-                assert known == house.node.report().workloads
-            for call in calls:
-                await call
+        known: dict[str, object] = {}
+        compared: list[tuple[dict[str, object], object]] = []
+
+        async def piece_together() -> None:
+            async with aclosing(house.node.reports()) as stream:
+                async for report in stream:
+                    known.update(report.workloads)
+                    compared.append((dict(known), house.node.report().workloads))
+
+        reader = house.start(piece_together())
+        await house.warmed(ONE, WARM, POOLED)
+        async with asyncio.TaskGroup() as callers:
+            for each in (ONE, ONE, WARM, POOLED):
+                callers.create_task(house.call(each))
+        await asyncio.sleep(5.0)
+        reader.cancel()
+        await asyncio.wait({reader})
+        assert [pieces for pieces, _ in compared] == [whole for _, whole in compared]
+        assert known == house.node.report().workloads, "nothing was left unsaid"
+        assert len(compared) > 5
 
     simulated(story, latencies=SLOW)
 
