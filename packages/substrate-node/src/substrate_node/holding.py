@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
 from substrate_node import refusals
@@ -76,10 +75,10 @@ class Holding:
 
     def sample(self) -> Sample:
         """What the guest has used. A host that does not tell must not keep us from giving it back."""
-        with suppress(Exception):
-            if self.guest is not None:
-                return self.guest.sample()
-        return UNTOLD
+        try:
+            return self.guest.sample() if self.guest is not None else UNTOLD
+        except Exception:  # noqa: BLE001  # whatever broke
+            return UNTOLD
 
     # Queue and memory.
 

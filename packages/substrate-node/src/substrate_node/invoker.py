@@ -16,7 +16,7 @@ from substrate_node.vmm import DATA_PORT, Exit, Sample
 from substrate_node.vsockhttp import Exchange, request_head
 from substrate_seam.errors import GuestFailed, GuestUnavailable, Ran, Reason, SubstrateError
 from substrate_seam.events import ExchangeEnded
-from substrate_seam.invocation import GuestRequest, Headers, Invocation, Receipt, Reply
+from substrate_seam.invocation import GuestRequest, Invocation, Receipt, Reply
 
 DEATH_GRACE_S = 0.1
 """So long after a guest's death its last bytes may still arrive; and so long its cause is waited for."""
@@ -372,19 +372,18 @@ class _Body:
             raise await self._claim._explained(error) from None  # noqa: SLF001  # as above
 
 
-def _for_guest(invocation: Invocation, request: GuestRequest) -> Headers:
+def _for_guest(invocation: Invocation, request: GuestRequest) -> list[tuple[bytes, bytes]]:
     """The fields a guest gets: the caller's that ingress let through, and ours."""
-    ours: Headers = (
-        (b"fc-invocation-id", invocation.id.encode()),
-        (b"fc-attempt", str(invocation.attempt).encode()),
-    )
+    fields = [*request.headers]
+    if not any(name == b"host" for name, _ in fields):
+        fields.append((b"host", b"vsock"))
+    fields.append((b"fc-invocation-id", invocation.id.encode()))
+    fields.append((b"fc-attempt", b"%d" % invocation.attempt))
     if invocation.trace is not None:
-        ours += ((b"traceparent", invocation.trace.parent.encode()),)
+        fields.append((b"traceparent", invocation.trace.parent.encode()))
         if invocation.trace.state:
-            ours += ((b"tracestate", invocation.trace.state.encode()),)
-    if not any(name == b"host" for name, _ in request.headers):
-        ours = ((b"host", b"vsock"), *ours)
-    return (*request.headers, *ours)
+            fields.append((b"tracestate", invocation.trace.state.encode()))
+    return fields
 
 
 def _guest_ms(exchange: Exchange, now_s: float) -> float:

@@ -25,12 +25,13 @@ _BACKOFF_S_MIN, _BACKOFF_S_MAX = 1.0, 60.0
 class Parked:
     """A ready guest with its memory; whoever takes it owns both."""
 
-    __slots__ = ("base", "guest", "lease")
+    __slots__ = ("base", "guest", "lease", "on_death")
 
     def __init__(self, guest: Guest, base: Base | None, lease: Lease) -> None:
         self.guest = guest
         self.base = base
         self.lease = lease
+        self.on_death: Callable[[asyncio.Future[Exit]], None] = _unheard
 
 
 Making = asyncio.Task[Parked | StartFailure]
@@ -109,6 +110,8 @@ class Pool:
         if bay is None or not bay.parked:
             return None
         parked, _ = bay.parked.popitem(last=False)
+        parked.guest.exited.remove_done_callback(parked.on_death)
+        parked.on_death = _unheard  # it refers back to the guest: no garbage is left for the collector
         self._stock_mib -= parked.lease.mib
         self._restocked(bay)
         if bay.later is None:
@@ -218,7 +221,8 @@ class Pool:
             return
         bay.backoff_s = _BACKOFF_S_MIN
         bay.parked[made] = None
-        made.guest.exited.add_done_callback(partial(self._died, bay, made))
+        made.on_death = partial(self._died, bay, made)
+        made.guest.exited.add_done_callback(made.on_death)
         self._emit(GuestParked(guest=guest_id, workload=bay.hosted.workload.name, parked=len(bay.parked)))
         self._restocked(bay)
         self._offer(bay.hosted.workload.name)
@@ -292,3 +296,7 @@ class Pool:
         self._leaving.discard(lease)
         self._leaving_mib -= lease.mib
         lease.release()
+
+
+def _unheard(_: asyncio.Future[Exit]) -> None:
+    """Whoever took a guest hears of its death for itself."""

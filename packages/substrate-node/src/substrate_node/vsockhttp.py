@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 from substrate_seam.errors import GuestFailed, GuestTimeout, SubstrateError
@@ -23,7 +23,7 @@ _PIECE_BYTES = 128
 _ONE_WRITE_BYTES_MAX = 65_536
 
 
-def request_head(method: str, target: str, headers: Headers, body_bytes: int) -> bytes:
+def request_head(method: str, target: str, headers: Iterable[tuple[bytes, bytes]], body_bytes: int) -> bytes:
     """The bytes of a request's head. Raises `ValueError` if a field would break out of its line."""
     lines = [f"{method} {target} HTTP/1.1".encode("latin-1")]
     lines += [name + b": " + value for name, value in headers]
@@ -43,6 +43,29 @@ class Exchange(asyncio.Protocol):
     without an error only when the reply is whole.
     """
 
+    __slots__ = (
+        "_buffered",
+        "_clock",
+        "_greeting",
+        "_loop",
+        "_on_expiry",
+        "_paused",
+        "_pieces",
+        "_port",
+        "_reader",
+        "_request",
+        "_run_within_s",
+        "_timer",
+        "_transport",
+        "_waiter",
+        "body_bytes",
+        "ended_s",
+        "error",
+        "head_s",
+        "started_s",
+        "written",
+    )
+
     def __init__(
         self,
         port: int,
@@ -57,7 +80,7 @@ class Exchange(asyncio.Protocol):
         self._request = [b"CONNECT %d\n" % port + head, body]
         self._port = port
         self._reader = ReplyReader(head_request=head_request)
-        self._greeting: bytearray | None = bytearray()
+        self._greeting: bytes | None = b""
         self._pieces: deque[bytes] = deque()
         self._buffered = 0
         self._paused = False
@@ -198,15 +221,14 @@ class Exchange(asyncio.Protocol):
     # Within.
 
     def _greet(self, data: bytes) -> bytes | None:
-        greeting = self._greeting
-        assert greeting is not None
-        greeting += data
-        line, newline, rest = greeting.partition(b"\n")
+        assert self._greeting is not None
+        self._greeting += data
+        line, newline, rest = self._greeting.partition(b"\n")
         if newline and _GREETING.fullmatch(line):
             self._greeting = None
-            return bytes(rest)
+            return rest
         if newline or len(line) > _GREETING_BYTES_MAX:
-            self.fail(GuestFailed(f"the guest answered CONNECT {self._port} with {bytes(line[:32])!r}, not with OK"))
+            self.fail(GuestFailed(f"the guest answered CONNECT {self._port} with {line[:32]!r}, not with OK"))
         return None
 
     def _take(self) -> bytes:
