@@ -1,7 +1,7 @@
-"""A daemon to be killed: boots one guest in the directory it is told, says `up`, and waits for its end.
+"""A daemon to be killed: it tells its steps as it goes about guests, and ends only when they do.
 
-Arguments: the directory, and a word for the command line of the launcher by which its processes are found. With `warm`
-after them, it says `booted`, `captured` and `cloned` as it goes about a base and its clones, and never ends.
+Arguments: a directory for its guests, a word by which all its processes are found, and `cold` (one guest, then `up`) or
+`warm` (`booted`, `captured`, `cloned`, and clone after clone).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from substrate_guest import isolation
 from substrate_node.procvm import ProcessVmm
 
 
-async def main(run: Path, mark: str, *how: str) -> None:
+async def main(run: Path, mark: str, how: str) -> None:
     """Boot, tell, wait."""
     vmm = ProcessVmm(run, guest_argv=(*isolation.argv(sys.executable), mark))
-    if how:
+    if how == "warm":
         await keep_cloning(vmm, mark)
     guest = await vmm.boot(workload(command=("python", "obedient.py", mark)), "g1", {})
     print("up", flush=True)  # noqa: T201  # to the test

@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from node.vmm_contract import NOBODY, until_ready
 from substrate_guest import isolation
@@ -32,6 +33,24 @@ class ProcessRig:
         self.workload = workload()
         self.refused = Workload.of(WorkloadSpec(name="vm", rootfs_path="/images/vm.ext4"))
         self._others = children()
+
+    @classmethod
+    @asynccontextmanager
+    async def ready(cls, run: Path, *, python: str = sys.executable) -> AsyncIterator[Self]:
+        """A rig that has probed the host; in the end it has no guest, and then nothing at all."""
+        rig = cls(run, python=python)
+        await rig.know_the_host()
+        await rig.begin()
+        yield rig
+        assert not (left := rig.left()), f"left behind: {left}"
+        await rig.end()
+        assert not (left := ProcessRig.left(rig)), f"left behind: {left}"
+
+    async def begin(self) -> None:
+        """Have what guests are made of."""
+
+    async def end(self) -> None:
+        """Be without it again."""
 
     async def know_the_host(self) -> None:
         """Have the monitor probe it, which takes three guests; once for all monitors with this interpreter."""
@@ -127,34 +146,4 @@ def children() -> set[str]:
     return found
 
 
-@asynccontextmanager
-async def process_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[ProcessRig]:
-    """A rig that has probed the host, and in the end has no guest."""
-    rig = ProcessRig(run, python=python)
-    await rig.know_the_host()
-    yield rig
-    assert not (left := rig.left()), f"left behind: {left}"
-    await rig.vmm.aclose()
-
-
-@asynccontextmanager
-async def warm_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[WarmRig]:
-    """The same with a workload that can be cloned; in the end it has no base either."""
-    rig = WarmRig(run, python=python)
-    await rig.know_the_host()
-    yield rig
-    assert not (left := rig.left()), f"left behind: {left}"
-    await rig.vmm.aclose()
-
-
-@asynccontextmanager
-async def clone_rig(run: Path, *, python: str = sys.executable) -> AsyncIterator[CloneRig]:
-    """A rig of clones, with the base that they are made of; in the end there is neither."""
-    rig = CloneRig(run, python=python)
-    await rig.know_the_host()
-    await rig.begin()
-    yield rig
-    assert not (left := rig.left()), f"left behind: {left}"
-    await rig.end()
-    assert not ProcessRig.left(rig)
-    await rig.vmm.aclose()
+process_rig, warm_rig, clone_rig = ProcessRig.ready, WarmRig.ready, CloneRig.ready

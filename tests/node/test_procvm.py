@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,7 +20,7 @@ import uvloop
 
 from node.procvm_rig import GUESTS, ProcessRig, children, clone_rig, process_rig, workload
 from node.vmm_contract import NOBODY, PROMISES, Greeter, Promise, ask
-from real_parts import needs
+from real_parts import is_full, needs
 from substrate_guest import confinement
 from substrate_node.processes.console import KEPT_BYTES
 from substrate_node.procvm import IsolationReport, Measure, ProcessVmm
@@ -396,19 +397,19 @@ async def test_a_discard_given_up_is_taken_up_again(rig: ProcessRig):
     assert not rig.left()
 
 
-@pytest.mark.parametrize("killed_after_s", [None, 0.0, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45])
-def test_a_daemon_killed_at_any_time_leaves_no_guest(tmp_path: Path, killed_after_s: float | None):
-    """SIGKILL gives it no chance to clean up, so the kernel does: once a guest is up, or at any moment before."""
+@pytest.mark.parametrize("seed", range(20 if is_full() else 4))
+@pytest.mark.parametrize(("how", "steps_max"), [("cold", 1), ("warm", 3)])
+def test_a_daemon_killed_at_any_time_leaves_no_guest(tmp_path: Path, how: str, steps_max: int, seed: int):
+    """SIGKILL gives it no chance to clean up, so the kernel does: while it boots, captures and clones, and later."""
     mark = f"mark-{os.getpid()}-{tmp_path.name}"
-    command = [sys.executable, "-m", "node.procvm_daemon", str(tmp_path), mark]
+    command = [sys.executable, "-m", "node.procvm_daemon", str(tmp_path), mark, how]
+    dice = Random(seed)
     with subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE) as daemon:
         assert daemon.stdout is not None
-        if killed_after_s is None:
-            assert daemon.stdout.readline() == b"up\n"
-            assert len(processes(marked=mark)) >= 2, "the daemon and its guest"
-        else:
-            with suppress(subprocess.TimeoutExpired):
-                daemon.wait(killed_after_s)
+        steps = [daemon.stdout.readline() for _ in range(seed % (steps_max + 1))]
+        assert not steps or len(processes(marked=mark)) >= 2, "the daemon and its guest"
+        with suppress(subprocess.TimeoutExpired):
+            daemon.wait(dice.random() * (0.1 if steps else 0.5))
         daemon.kill()
     assert_all_end(lambda: processes(marked=mark))
 

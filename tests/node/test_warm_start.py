@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +20,6 @@ import pytest
 import uvloop
 
 from node.procvm_rig import GUESTS, CloneRig, WarmRig, children, clone_rig, warm_rig, warm_workload
-from node.test_procvm import TESTS, assert_all_end, processes
 from node.vmm_contract import NOBODY, PROMISES, Promise, ask, until_ready
 from real_parts import is_full, needs
 from substrate_node.clones import FACTS, CannotVerify, verify_clones
@@ -372,22 +370,6 @@ async def test_a_capture_given_up_leaves_nothing(rig: WarmRig, passes: int):
     await rig.vmm.discard("s")
     await rig.vmm.discard_base(Base(base_id="b", input_key=await rig.vmm.input_key(rig.workload) or ""))
     assert not rig.left()
-
-
-@pytest.mark.parametrize("seed", range(20 if is_full() else 4))
-def test_a_daemon_killed_at_any_time_leaves_neither_zygote_nor_clone(tmp_path: Path, seed: int):
-    """While it boots what it will capture, while it captures, while it clones, and later."""
-    mark = f"mark-{os.getpid()}-{tmp_path.name}"
-    command = [sys.executable, "-m", "node.procvm_daemon", str(tmp_path), mark, "warm"]
-    dice = Random(seed)
-    with subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE) as daemon:
-        assert daemon.stdout is not None
-        for _ in range(dice.randrange(4)):  # booted, captured, cloned
-            daemon.stdout.readline()
-        with suppress(subprocess.TimeoutExpired):
-            daemon.wait(dice.random() * 0.1)
-        daemon.kill()
-    assert_all_end(lambda: processes(marked=mark))
 
 
 @pytest.mark.parametrize("promise", PROMISES[:12], ids=lambda promise: promise.__name__)
