@@ -86,7 +86,7 @@ STAGES = (cold, from_a_base, parked, queued, starved, large, streaming, dying, h
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 def test_a_caller_may_leave_at_any_step_of_the_loop(stage: Callable, world: World, cancels: int):
     """Cancelled at the n-th step for every n, until the call is over by then; a plain run skips some."""
-    stride = 1 if is_full() else 5 if world is remote_node else 3
+    stride = 1 if is_full() else 8 if world is remote_node else 5
     step, over = cancels % stride, False
     while not over:
         over = virtual_time.run(leaving(stage, world, step, cancels), seed=1).value

@@ -1,11 +1,14 @@
 """One trace of one call, wired either way, as a real collector gets it."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 
 import pytest
+import pytest_asyncio
 
-from e2e.system import Process, until
+from e2e.conftest import workloads
+from e2e.system import Process, System, lent, system, until
 from fakes.collector import Collector, collector
 from real_parts import needs
 
@@ -14,20 +17,44 @@ pytestmark = needs("user-namespaces", "pidfd")
 CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def collecting() -> Iterator[Collector]:
     with collector() as there:
         yield there
 
 
-async def test_agent_node_and_guest_join_the_trace_of_the_caller(start, collecting, kind):
+def both_ends_of_a_call(collecting: Collector) -> bool:
+    """Whether front and node have each sent the last that they know of one."""
+    return bool(collecting.named("vm_release") and collecting.named("fc_invoke"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(kind, collecting, tmp_path_factory) -> AsyncIterator[System]:
+    """A system that tells the collector; all of it has found the way."""
+    told = {"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint}
+    table = {name: entry for name, entry in workloads().items() if name == "patient"}
+    async with system(kind, tmp_path_factory.mktemp(kind), table, **told) as running:
+        collecting.spans.clear()
+        await running.invoke("patient")
+        await asyncio.to_thread(collecting.wait, partial(both_ends_of_a_call, collecting))
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def traced(shared, collecting) -> AsyncIterator[System]:
+    """That system for one test, to whose calls alone the spans belong."""
+    collecting.spans.clear()
+    async with lent(shared, parked=0) as mine:
+        yield mine
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_agent_node_and_guest_join_the_trace_of_the_caller(traced, collecting, kind):
     """Under the Go daemon's names, each span below that of the call, and that below the caller's."""
     trace_id, parent_id = CALLER
-    async with start(OTEL_EXPORTER_OTLP_ENDPOINT=collecting.endpoint) as running:
-        headers = {"traceparent": f"00-{trace_id}-{parent_id}-01", "tracestate": "a=b"}
-        reply = await running.invoke("patient/s-1?heard", headers=headers)
-        await asyncio.to_thread(collecting.wait, lambda: collecting.named("vm_release"))
-        await asyncio.to_thread(collecting.wait, lambda: collecting.named("fc_invoke"))
+    headers = {"traceparent": f"00-{trace_id}-{parent_id}-01", "tracestate": "a=b"}
+    reply = await traced.invoke("patient/s-1?heard", headers=headers)
+    await asyncio.to_thread(collecting.wait, partial(both_ends_of_a_call, collecting))
     mine = {span.name: span for span in collecting.spans if span.trace_id == trace_id}
     root = mine.pop("fc_invoke")
     assert set(mine) == {"acquire_slot", "firecracker_boot", "guest_wait_ready", "guest_exec", "vm_release"}
@@ -46,14 +73,13 @@ async def test_agent_node_and_guest_join_the_trace_of_the_caller(start, collecti
     assert (root.service, mine["guest_exec"].service) == services
 
 
-async def test_a_call_that_fails_marks_the_span_where_it_failed(start, collecting):
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_call_that_fails_marks_the_span_where_it_failed(traced, collecting):
     """And what was not sampled is not sent, though its guest hears of it."""
-    async with start(OTEL_EXPORTER_OTLP_ENDPOINT=collecting.endpoint) as running:
-        await running.invoke("patient?heard", headers={"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
-        reply = await running.invoke("patient?die-before")
-        assert reply.status_code == 502
-        await asyncio.to_thread(collecting.wait, lambda: collecting.named("vm_release"))
-        await asyncio.to_thread(collecting.wait, lambda: collecting.named("fc_invoke"))
+    await traced.invoke("patient?heard", headers={"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
+    reply = await traced.invoke("patient?die-before")
+    assert reply.status_code == 502
+    await asyncio.to_thread(collecting.wait, partial(both_ends_of_a_call, collecting))
     (failed,) = collecting.named("guest_exec")
     (root,) = collecting.named("fc_invoke")
     assert "exit status 3" in root.error
