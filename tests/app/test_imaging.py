@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -469,6 +470,17 @@ def test_the_command_prints_the_path_and_nothing_else_on_standard_output(registr
     second = capsys.readouterr()
     assert second.out == first.out
     assert "was there already" in second.err
+
+
+def test_the_command_takes_a_layout_an_archive_of_it_and_a_registry(registry, image, state, tmp_path, capsys):
+    """All three are the same image, and it is built once."""
+    layout = write_layout(tmp_path / "layout", image)
+    archive = shutil.make_archive(str(tmp_path / "image"), "tar", layout)
+    paths = set()
+    for source in (str(layout), archive, f"{registry.address}/team/app:1"):
+        assert run([source]) == 0
+        paths.add(capsys.readouterr().out)
+    assert len(paths) == 1
 
 
 def test_the_command_uses_the_login_that_docker_keeps(registry, state, tmp_path, capsys):
