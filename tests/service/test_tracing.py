@@ -1,5 +1,6 @@
 """Traces: from the environment to a collector, and what becomes of a daemon whose collector is not there."""
 
+import inspect
 import threading
 import time
 
@@ -256,6 +257,7 @@ def test_a_collector_that_hangs_delays_no_event_and_the_end_only_for_so_long():
     exporter.close(within_s=0.2)
     assert time.monotonic() - began_s < 5.0
     assert told[-1] == f"{export.QUEUE_MAX + 10} spans were not sent"
+    assert inspect.signature(exporter.close).parameters["within_s"].default <= 5.0, "what daemons wait"
 
 
 def test_without_the_extra_there_is_one_line():
