@@ -14,7 +14,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-LIBRARIES = ("uvicorn", "uvloop", "httptools", "msgspec")
+LIBRARIES = ("uvicorn", "uvloop", "httptools", "starlette", "msgspec")
 QUIET_LOAD = 0.5
 """A load average per core from which on a run says loudly that it is worth little."""
 

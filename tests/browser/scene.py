@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from random import Random
 
+from starlette.types import ASGIApp
+
 from substrate_cluster.ingress import admin_app
-from substrate_cluster.ingress.exchange import App
 from substrate_cluster.stories import whole_story
 from substrate_node.procvm.probe import MEASURES, reported
 from substrate_seam.errors import Ran, Reason
@@ -76,7 +77,7 @@ class Scene:
             nodes.append(_node("node-3", 7_680, 5_120))
         return self._live.snapshot(nodes=nodes, lost=lost, reasons=[], doors=doors)
 
-    def app(self) -> App:
+    def app(self) -> ASGIApp:
         """Its admin listener."""
         return admin_app(
             ready=list,

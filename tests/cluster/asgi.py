@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import unquote
 
-from substrate_cluster.ingress.exchange import App, Message, Scope
+from starlette.types import ASGIApp, Message, Scope
 
 Fields = Iterable[tuple[str | bytes, str | bytes]]
 PATIENCE_S = 5.0
@@ -145,20 +145,20 @@ class Caller:
             self._over.set()
         self._heard.set()
 
-    async def run(self, app: App) -> Answer:
+    async def run(self, app: ASGIApp) -> Answer:
         """Make the request and wait for what comes of it."""
         async with asyncio.timeout(PATIENCE_S):
             await app(self.scope, self.receive, self.send)
         return self.answer
 
 
-async def call(app: App, target: str | bytes, **how: Any) -> Answer:
+async def call(app: ASGIApp, target: str | bytes, **how: Any) -> Answer:
     """Make one request and return the answer."""
     return await Caller(target, **how).run(app)
 
 
 @asynccontextmanager
-async def calling(app: App, caller: Caller) -> AsyncIterator[asyncio.Task[Answer]]:
+async def calling(app: ASGIApp, caller: Caller) -> AsyncIterator[asyncio.Task[Answer]]:
     """A request under way in a task of its own, which has ended when the block is left."""
     async with asyncio.timeout(PATIENCE_S):
         task = asyncio.get_running_loop().create_task(caller.run(app))

@@ -12,12 +12,12 @@ from random import Random
 from typing import Final, Protocol
 
 from msgspec import Struct
+from starlette.types import ASGIApp
 
 from substrate_cluster.admission import Admission
 from substrate_cluster.auth import Anonymous, StaticTokens, TokensRefused
 from substrate_cluster.catalog import Catalog, Change
 from substrate_cluster.ingress import Limits, Page, admin_app, default_hosts, public_app, refuse_open
-from substrate_cluster.ingress.exchange import App
 from substrate_cluster.nodes.registry import Registry
 from substrate_cluster.placement.executor import PlacedExecutor
 from substrate_cluster.placement.index import NodeIndex
@@ -94,8 +94,8 @@ class ControlPlane:
     def __init__(
         self,
         *,
-        public: App,
-        admin: App,
+        public: ASGIApp,
+        admin: ASGIApp,
         catalog: Catalog,
         registry: Registry,
         tokens: tuple[StaticTokens, ...],

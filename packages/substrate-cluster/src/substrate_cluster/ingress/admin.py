@@ -6,11 +6,13 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 import msgspec
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
 
 from substrate_cluster.auth import Authenticator
 from substrate_cluster.ingress.app import TEXT, ReadyReasons, healthz, probe, routed
 from substrate_cluster.ingress.errors import refused
-from substrate_cluster.ingress.exchange import App, Endpoint, Exchange, Handler
+from substrate_cluster.ingress.exchange import Endpoint, Exchange, Handler
 from substrate_cluster.ingress.headers import sort_fields, wants_json
 from substrate_cluster.ingress.hosts import HostRule, is_loopback
 from substrate_seam.errors import Reason
@@ -23,7 +25,7 @@ _JSON: Final = (
     (b"cross-origin-resource-policy", b"same-origin"),
 )
 _METRICS: Final = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
-_STORIES: Final = b"/v1/invocations/"
+_STORIES: Final = "/v1/invocations/"
 _ROUTES: Final = "GET / (a page), /healthz, /readyz, /metrics, /v1/live, /v1/invocations/{id} and /v1/audit"
 
 Page = tuple[tuple[tuple[bytes, bytes], ...], bytes]
@@ -44,7 +46,7 @@ def admin_app(
     mint_id: Callable[[], str],
     emit: Emit,
     prefix: str = "",
-) -> App:
+) -> ASGIApp:
     """Probes for whoever reaches the listener; the rest for operators.
 
     Without an `authenticator` an operator is whoever calls from this machine. `metrics` gives the Prometheus text,
@@ -93,7 +95,7 @@ def admin_app(
             await exchange.answer(status, TEXT, text.encode())
 
     async def told_story(exchange: Exchange) -> None:
-        invocation_id = exchange.scope["raw_path"].removeprefix(_STORIES).decode("latin-1")
+        invocation_id = exchange.scope["path"].removeprefix(_STORIES)
         found = await story(invocation_id)
         if found is None:
             raise refused(
@@ -118,23 +120,20 @@ def admin_app(
         await exchange.answer(200, _METRICS, metrics())
 
     async def nothing(exchange: Exchange) -> None:
-        method, path = exchange.scope["method"], exchange.scope["raw_path"].decode("latin-1")
+        method, path = exchange.scope["method"], exchange.scope["path"]
         raise refused(Reason.NOT_FOUND, f"there is no {method} {path[:100]!r} here", hint=f"There is {_ROUTES}.")
 
     def endpoint(handler: Handler) -> Endpoint:
         return Endpoint(handler, mint_id=mint_id, emit=emit)
 
     not_found = for_operators(nothing)
-
-    def shown(handler: Handler) -> Endpoint:
-        return endpoint(probe(handler, otherwise=not_found))
-
-    pages = {
-        b"/": shown(paged),
-        b"/healthz": shown(healthz),
-        b"/readyz": shown(readyz),
-        b"/metrics": shown(for_operators(exposed)),
-        b"/v1/live": shown(for_operators(lived)),
-        b"/v1/audit": shown(for_operators(audited)),
-    }
-    return routed(pages, {_STORIES: shown(for_operators(told_story))}, otherwise=endpoint(not_found))
+    routes = [
+        Route("/", endpoint(probe(paged, otherwise=not_found))),
+        Route("/healthz", endpoint(probe(healthz, otherwise=not_found))),
+        Route("/readyz", endpoint(probe(readyz, otherwise=not_found))),
+        Route("/metrics", endpoint(probe(for_operators(exposed), otherwise=not_found))),
+        Route("/v1/live", endpoint(probe(for_operators(lived), otherwise=not_found))),
+        Route("/v1/audit", endpoint(probe(for_operators(audited), otherwise=not_found))),
+        Mount(_STORIES, endpoint(probe(for_operators(told_story), otherwise=not_found))),
+    ]
+    return routed(routes, otherwise=endpoint(not_found))

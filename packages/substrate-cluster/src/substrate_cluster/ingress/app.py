@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
+
+from starlette.routing import BaseRoute, Mount, Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from substrate_cluster.admission import Admission
 from substrate_cluster.auth import Authenticator
 from substrate_cluster.ingress.errors import refused
-from substrate_cluster.ingress.exchange import App, Endpoint, Exchange, Handler, Receive, Scope, Send
+from substrate_cluster.ingress.exchange import Endpoint, Exchange, Handler
 from substrate_cluster.ingress.hosts import HostRule
-from substrate_cluster.ingress.invocations import HTTP, INVOKE, Catalog, Front, Limits
+from substrate_cluster.ingress.invocations import Catalog, Front, Limits
 from substrate_seam.errors import Reason
 from substrate_seam.events import Emit
 from substrate_seam.executor import NodeExecutor
@@ -36,7 +39,7 @@ def public_app(
     clock: Callable[[], float] | None = None,
     join: Join = pass_on,
     prefix: str = "",
-) -> App:
+) -> ASGIApp:
     """Invocations, `/healthz` and a `/readyz` that says no more than yes or no.
 
     `mint_id` gives 32 hex digits, new each time; `allowed_hosts` are names and addresses without port
@@ -62,12 +65,13 @@ def public_app(
     def endpoint(handler: Handler) -> Endpoint:
         return Endpoint(handler, mint_id=mint_id, emit=emit, clock=clock)
 
-    pages = {
-        b"/healthz": endpoint(probe(healthz, otherwise=front.not_found)),
-        b"/readyz": endpoint(probe(readyz, otherwise=front.not_found)),
-    }
-    folders = {INVOKE: endpoint(front.invoke), HTTP: endpoint(front.http)}
-    return routed(pages, folders, otherwise=endpoint(front.not_found))
+    routes = [
+        Mount("/invoke", endpoint(front.invoke)),
+        Mount("/http", endpoint(front.http)),
+        Route("/healthz", endpoint(probe(healthz, otherwise=front.not_found))),
+        Route("/readyz", endpoint(probe(readyz, otherwise=front.not_found))),
+    ]
+    return routed(routes, otherwise=endpoint(front.not_found))
 
 
 async def healthz(exchange: Exchange) -> None:
@@ -84,22 +88,18 @@ def probe(handler: Handler, *, otherwise: Handler) -> Handler:
     return probed
 
 
-def routed(pages: Mapping[bytes, Endpoint], folders: Mapping[bytes, Endpoint], *, otherwise: Endpoint) -> App:
-    """An application that knows nothing but HTTP, and routes by the path as it came, byte for byte.
-
-    Decoded, `/%69nvoke` and a session with a line break would be routed as what they are not. `pages` are whole paths,
-    `folders` are paths that end with a slash, for everything below them.
-    """
-
-    def endpoint_of(raw_path: bytes) -> Endpoint:
-        for folder, endpoint in folders.items():
-            if raw_path.startswith(folder):
-                return endpoint
-        return pages.get(raw_path, otherwise)
+def routed(routes: Sequence[BaseRoute], *, otherwise: Endpoint) -> ASGIApp:
+    """An application that routes by the path as it came, byte for byte, and knows nothing but HTTP."""
+    router = Router(routes, redirect_slashes=False, default=otherwise)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            raise ValueError(f"this application knows nothing of {scope['type']}")
-        await endpoint_of(scope["raw_path"])(scope, receive, send)
+        if scope["type"] == "http":
+            # Decoded, `/%69nvoke` and a session with a line break would be routed as what they are not.
+            scope["path"] = scope["raw_path"].decode("latin-1")
+            await router(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await router(scope, receive, send)
+        else:
+            await send({"type": "websocket.close"})
 
     return app

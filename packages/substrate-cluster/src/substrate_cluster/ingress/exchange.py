@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, cast
+
+from starlette.types import Receive, Scope, Send
 
 from substrate_cluster.admission import Hold
 from substrate_cluster.ingress.errors import Fields, answer_to, refused, told_reason
 from substrate_cluster.ingress.headers import started_fields, wants_json
 from substrate_seam.errors import InternalError, Reason, SubstrateError
 from substrate_seam.events import CallRefused, DefectFound, Emit
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-"""An ASGI application."""
 
 ABORT: Final = "substrate.abort"
 """The extension of our listener that breaks the connection, so that a cut reply never looks whole."""
