@@ -65,7 +65,7 @@ EXCUSES = {
 }
 """Without one of these themes nobody may hear such a thing."""
 OF_THE_GUEST = {"fc-start", "fc-node", "fc-isolation", "server-timing", "x-fc-queue-wait-ms"}
-NODE_UNHEARD = (b"was lost while it ran", b"nor said why", b"was delivered here before")
+NODE_UNHEARD = ("was lost while it ran", "nor said why", "was delivered here before")
 """Words of errors that had to be told without what the node knows."""
 ENDING_S = 0.5
 """Longer than it may take to end a guest that is to be ended."""
@@ -222,11 +222,12 @@ class Audit:
 
     def _lies_about_its_guest(self, call: Call, ran: int) -> Iterator[str]:
         """Whoever ran something and could say so has told by which guest."""
-        told, unheard = OF_THE_GUEST & call.headers.keys(), any(words in call.answer for words in NODE_UNHEARD)
+        told, ended = OF_THE_GUEST & call.headers.keys(), self._told_inside(call)
+        why = call.answer.decode() or (ended.message if ended else "")  # a HEAD has no body, nor has who left
         if told and told != OF_THE_GUEST:
             yield f"its error tells only {sorted(told)} of its guest"
-        if ran and not told and not unheard:
-            yield f"it ran, and its error tells nothing of its guest: {call.answer.decode()}"
+        if ran and not told and not any(words in why for words in NODE_UNHEARD):
+            yield f"it ran, and its error tells nothing of its guest: {why}"
         if ran and told and call.headers["fc-node"] != self.entries[call.invocation][0].node:
             yield f"it ran on {self.entries[call.invocation][0].node}, and was told {call.headers['fc-node']}"
 
