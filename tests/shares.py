@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent
+SOURCES = (TESTS.parent / "packages", TESTS.parent / "apps")
 LONG = ("conformance", "e2e", "browser", "app", "benchmark", "simulation", "node", "guest", "boundaries")
 """Folders whose files start processes or play thousands of stories, the longest first; a file is one process's."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the sources once for all: a guest may write nothing, so each would compile all that it loads."""
+    if not hasattr(config, "workerinput"):
+        for folder in SOURCES:
+            compileall.compile_dir(folder, quiet=2)
 
 
 @pytest.hookimpl(optionalhook=True)
