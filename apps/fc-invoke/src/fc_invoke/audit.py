@@ -202,26 +202,26 @@ async def settled(operator: httpx.AsyncClient, journals: Sequence[str], workload
 
 
 async def _is_called(operator: httpx.AsyncClient, url: str, workload: str) -> bool:
-    now = msgspec.json.decode(await _told(operator, f"{url}/v1/live"), type=Snapshot)
+    now = msgspec.json.decode(await _told(operator, url, "/v1/live"), type=Snapshot)
     return any(each.busy or each.waiting for each in now.workloads if each.workload == workload)
 
 
 async def _read_journals(operator: httpx.AsyncClient, journals: Sequence[str]) -> list[tuple[str, int]]:
     entries: list[tuple[str, int]] = []
     for url in journals:
-        lines = json.loads(await _told(operator, f"{url}/v1/audit"))["entries"]
+        lines = json.loads(await _told(operator, url, "/v1/audit"))["entries"]
         entries += [(line.split()[0], int(line.split()[1])) for line in lines]
     return entries
 
 
-async def _told(operator: httpx.AsyncClient, url: str) -> bytes:
+async def _told(operator: httpx.AsyncClient, url: str, path: str) -> bytes:
     """What an admin listener answers. Raises `AuditImpossible`."""
     try:
-        answer = await operator.get(url)
+        answer = await operator.get(f"{url}{path}")
     except httpx.HTTPError as error:
         raise AuditImpossible(unanswered(url, error, option="--admin-url or --journal")) from error
     if answer.status_code != 200:
-        raise AuditImpossible(f"{url}: {answer.text.strip()}")
+        raise AuditImpossible(f"{url}{path}: {answer.text.strip()}")
     return answer.content
 
 
