@@ -55,6 +55,15 @@ class Control:
 
     async def respond(self, request: Request, exchange: Exchange) -> None:
         """Answer one request of the node; see `Workload.respond`."""
+        try:
+            await self._answer(request, exchange)
+        except ConnectionError:
+            # It has given up on this answer and asks again. Telling of it on the console of a machine that is slow
+            # would make the next answer late, too, and so for ever.
+            if not exchange.started:
+                raise
+
+    async def _answer(self, request: Request, exchange: Exchange) -> None:
         match request.method, request.path:
             case "GET", "/shim/healthz":
                 await exchange.reply(200, "ok\n")
