@@ -163,8 +163,8 @@ def test_a_terminal_is_redrawn_and_left_as_it_was(terminal):
 def test_whoever_ends_it_finds_the_terminal_as_it_was(terminal, sent):
     terminal.until(lambda seen: b"q quits" in seen)
     terminal.child.send_signal(sent)
+    terminal.until(lambda seen: b"\x1b[?1049l" in seen)  # a terminal that reads nothing holds up whoever writes to it
     assert terminal.child.wait(PATIENCE_S) == 130
-    terminal.until(lambda seen: b"\x1b[?1049l" in seen)
 
 
 def test_a_terminal_that_changes_its_size_is_drawn_to_its_size(terminal):

@@ -223,7 +223,7 @@ class Audit:
     def _lies_about_its_guest(self, call: Call, ran: int) -> Iterator[str]:
         """Whoever ran something and could say so has told by which guest."""
         told, ended = OF_THE_GUEST & call.headers.keys(), self._told_inside(call)
-        why = call.answer.decode() or (ended.message if ended else "")  # a HEAD has no body, nor has who left
+        why = ended.message if ended else call.answer.decode()  # a caller who left may have read the half of it
         if told and told != OF_THE_GUEST:
             yield f"its error tells only {sorted(told)} of its guest"
         if ran and not told and not any(words in why for words in NODE_UNHEARD):
