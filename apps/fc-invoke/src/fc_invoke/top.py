@@ -113,7 +113,8 @@ def _screen() -> Iterator[_Waiting]:
     before = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     signal.signal(signal.SIGWINCH, lambda *_: None)  # it only has to wake us
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, leaves the terminal as it was
+    for end in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: some shells have what they start ignore it
+        signal.signal(end, signal.default_int_handler)
     try:
         if before is not None:
             tty.setcbreak(sys.stdin)
