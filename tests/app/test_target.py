@@ -32,7 +32,7 @@ def here(tmp_path):
     "target",
     [
         "app:app", "app:app.deep", "app:system", "app:Path", "app:early", "app:late", "app:App", "broken:app",
-        "hiding:made", "pack:getcwd", "pack.web:app", "json:dumps", "zlib:crc32",
+        "hiding:made", "pack:getcwd", "pack.web:app", "json:dumps", "zlib:crc32", "time:time",
     ],
 )  # fmt: skip
 def test_what_may_be_right_is_left_to_running(here, target):

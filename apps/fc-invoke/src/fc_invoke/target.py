@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+import sys
 from collections.abc import Collection, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -38,7 +39,7 @@ def _source(module: str, directory: Path) -> Path | None:
 def _of_module(module: str, directory: Path) -> Iterator[str]:
     top = module.partition(".")[0]
     local = PathFinder.find_spec(top, [str(directory)])
-    installed = local is None and PathFinder.find_spec(top) is not None
+    installed = local is None and (top in sys.builtin_module_names or PathFinder.find_spec(top) is not None)
     compiled = local is not None and local.origin is not None and not local.origin.endswith(".py")
     if not installed and not compiled:
         there = {file.stem for file in directory.glob("*.py")} | {file.parent.name for file in directory.glob("*/*.py")}
