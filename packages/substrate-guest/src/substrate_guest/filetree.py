@@ -116,7 +116,7 @@ def furnish(
     write(f"{stage}/identity/boot_id", f"{identity.boot_id}\n", os.O_CREAT)
     _bind_read_only(f"{stage}/identity", base + IDENTITY)
     # Not unmounted: the kernel would have us wait until all its processors have heard of it. A guest can't uncover it.
-    mount(base + NOTHING, stage, "", MS_BIND)
+    _bind_read_only(base + NOTHING, stage)
 
 
 def show_processes(base: str) -> None:
