@@ -85,7 +85,7 @@ async def test_the_scope_keeps_the_bytes_of_the_path(ask_of):
 
     async def app(scope, receive, send):
         if scope["type"] == "lifespan":
-            raise NotImplementedError
+            raise NotImplementedError  # as an application says that has no lifespan
         scopes.append(scope)
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -251,11 +251,9 @@ class LocalNode:
         Waits for the base, and for memory. Raises `StartFailure`, also when there is no base and the first attempt at
         one has failed.
         """
+        await self.warmed(digest)
         hosted = self._hosting.hosted[digest]
-        guest_id, mib = self._mint.guest_id(), hosted.workload.spec.memory_mib
-        key = hosted.base_key or ""
-        while self._bases.expected(key) and not self._bases.why_not(key):
-            await self._news.wait()
+        guest_id, mib, key = self._mint.guest_id(), hosted.workload.spec.memory_mib, hosted.base_key or ""
         base = self._bases.current(key)
         if base is None:
             why_not = self._bases.why_not(key) or "its monitor makes no bases of it"
@@ -330,21 +328,20 @@ class LocalNode:
         hearer = Hearer()
         self._hearers[hearer] = None
         try:
-            yield self._report({digest: self._workload_report(digest) for digest in self._hosting.hosted}, full=True)
+            yield self.report()
             while True:
                 await hearer.news(self._loop)
                 if self._closing:
                     return
-                dirty = hearer.take()
-                yield self._report({digest: self._workload_report(digest) for digest in dirty}, full=False)
+                yield self._report(hearer.take(), full=False)
         finally:
             del self._hearers[hearer]
 
     def report(self) -> NodeReport:
         """What the node says about itself now, in full."""
-        return self._report({digest: self._workload_report(digest) for digest in self._hosting.hosted}, full=True)
+        return self._report(self._hosting.hosted, full=True)
 
-    def _report(self, workloads: Mapping[str, WorkloadReport | None], *, full: bool) -> NodeReport:
+    def _report(self, digests: Iterable[str], *, full: bool) -> NodeReport:
         draining_until_s = self._draining_until_s
         left_s = None if draining_until_s is None else max(0.0, draining_until_s - self._loop.time())
         return NodeReport(
@@ -356,7 +353,7 @@ class LocalNode:
             free_mib=self._ledger.free_mib,
             isolation=max((vmm.isolation for vmm in self._vmms), key=lambda isolation: isolation.strength),
             features=tuple(sorted(FEATURES)),
-            workloads=dict(workloads),
+            workloads={digest: self._workload_report(digest) for digest in digests},
             full=full,
             limits_generation=self._limits_generation,
             draining=draining_until_s is not None,
