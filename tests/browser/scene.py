@@ -94,8 +94,9 @@ class Scene:
 
     def _tell(self, at_s: float, event: Event) -> None:
         self._now_s = at_s
-        self._live(event)
-        self._stories.emit(event)
+        for sink in (self._live.sink, self._stories.sink):
+            if (take := sink(type(event))) is not None:
+                take(event)
 
 
 Moment = tuple[float, Event]

@@ -43,6 +43,13 @@ def live(clock):
     return Live(clock=clock, wall_ms=lambda: round(1000 * clock.now_s))
 
 
+def tell(live, event):
+    """Give it an event if it takes the kind."""
+    take = live.sink(type(event))
+    if take is not None:
+        take(event)
+
+
 def seen(live, nodes=(), lost=None, reasons=()):
     return live.snapshot(nodes=nodes, lost=lost or {}, reasons=reasons)
 
@@ -50,9 +57,9 @@ def seen(live, nodes=(), lost=None, reasons=()):
 def call(live, number=1, workload="w", **fields):
     """A whole call, as the front tells of it."""
     about = {"invocation_id": f"{number:032x}", "workload": workload, "caller": "c"}
-    live(InvocationAccepted(**about, body_bytes=1))
+    tell(live, InvocationAccepted(**about, body_bytes=1))
     told = {"status": 200, "ran": Ran.MAYBE, "total_ms": 4.0, "start": Start.POOL, **fields}
-    live(InvocationEnded(**about, **told))
+    tell(live, InvocationEnded(**about, **told))
 
 
 def exchanged(live, number=1, **fields):
@@ -60,9 +67,9 @@ def exchanged(live, number=1, **fields):
     call = {"invocation_id": f"{number:032x}", "workload": "w"}
     about = {**call, "attempt": 1, "guest": "g"}
     times = {"queue_ms": 1.0, "claim_ms": 2.0, "ready_ms": 1.5}
-    live(GuestClaimed(**about, start=Start.WARM, isolation=Isolation.PROCESS, **times))
-    live(ExchangeEnded(**about, **{"guest_ms": 5.0, "body_bytes": 1, "status": 200, **fields}))
-    live(SlotFreed(**call, busy=0, waiting=0, free_mib=1))
+    tell(live, GuestClaimed(**about, start=Start.WARM, isolation=Isolation.PROCESS, **times))
+    tell(live, ExchangeEnded(**about, **{"guest_ms": 5.0, "body_bytes": 1, "status": 200, **fields}))
+    tell(live, SlotFreed(**call, busy=0, waiting=0, free_mib=1))
 
 
 def node(name="n1", *workloads, **fields):
@@ -115,9 +122,9 @@ def test_the_start_of_a_guest_counts_whatever_became_of_its_call(live):
     """A call that failed, or whose caller left, before its reply began had a guest all the same."""
     for number, fields in enumerate(({}, {"status": 504, "reason": Reason.GUEST_TIMEOUT}, {"client_left": True})):
         about = {"invocation_id": f"{number:032x}", "workload": "w"}
-        live(InvocationAccepted(**about, caller="c", body_bytes=1))
+        tell(live, InvocationAccepted(**about, caller="c", body_bytes=1))
         exchanged(live, number)
-        live(InvocationEnded(**about, caller="c", **{"status": 200, "ran": Ran.MAYBE, "total_ms": 4.0, **fields}))
+        tell(live, InvocationEnded(**about, caller="c", **{"status": 200, "ran": Ran.MAYBE, "total_ms": 4.0, **fields}))
     now = seen(live)
     assert (now.traffic.ended, now.traffic.failed, now.traffic.starts) == (3, 1, {"warm": 3})
     assert now.workloads[0].traffic.starts == {"warm": 3}
@@ -168,7 +175,7 @@ def test_failures_come_with_what_explains_them_the_latest_first(live):
 def test_requests_that_were_turned_away_are_counted_apart(live, clock):
     """They are no calls, and do not push the failures out."""
     for reason in (Reason.FORBIDDEN, Reason.FORBIDDEN, Reason.NOT_FOUND):
-        live(CallRefused(invocation_id="i", reason=reason, status=403, message=""))
+        tell(live, CallRefused(invocation_id="i", reason=reason, status=403, message=""))
     now = seen(live)
     assert (now.turned_away, now.traffic.ended, now.failures) == ({"forbidden": 2, "not-found": 1}, 0, [])
     clock.now_s += 61
@@ -176,17 +183,17 @@ def test_requests_that_were_turned_away_are_counted_apart(live, clock):
 
 
 def test_what_an_operator_should_know_is_kept_once_the_latest_first(live, clock):
-    live(WarningRaised(message="one", hint="do this"))
-    live(BaseFailed(workload="w", message="no space", retry_in_s=3.0))
+    tell(live, WarningRaised(message="one", hint="do this"))
+    tell(live, BaseFailed(workload="w", message="no space", retry_in_s=3.0))
     clock.now_s += 1
-    live(WarningRaised(message="one", hint="do this"))
+    tell(live, WarningRaised(message="one", hint="do this"))
     first, second = seen(live).troubles
     assert (first.message, first.hint, first.at_ms) == ("one", "do this", 1_001_000)
     assert "no space" in second.message
 
 
 def test_the_daemon_says_who_it_is_and_since_when(live, clock):
-    live(DaemonStarted(daemon="d", version="1.2", listen="", admin=""))
+    tell(live, DaemonStarted(daemon="d", version="1.2", listen="", admin=""))
     clock.now_s += 5
     now = seen(live)
     assert (now.daemon, now.version, now.up_s, now.at_ms) == ("d", "1.2", 5.0, 1_005_000)
@@ -197,8 +204,8 @@ def test_however_much_happens_what_is_kept_and_told_is_bounded(live, clock):
     for number in range(3000):
         clock.now_s += 0.01
         call(live, number, f"w{number}", status=500)
-        live(WarningRaised(message=f"warning {number}"))
-        live(CallRefused(invocation_id="i", reason=Reason.FORBIDDEN, status=403, message=""))
+        tell(live, WarningRaised(message=f"warning {number}"))
+        tell(live, CallRefused(invocation_id="i", reason=Reason.FORBIDDEN, status=403, message=""))
     now = seen(live)
     assert now.traffic.ended == 3000
     assert (len(now.failures), len(now.troubles), len(now.workloads)) == (FAILURES_KEPT, TROUBLES_KEPT, WORKLOADS_SHOWN)
@@ -211,7 +218,7 @@ def test_however_much_happens_what_is_kept_and_told_is_bounded(live, clock):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_event_is_taken(live, kind):
-    live(made_up(kind))
+    tell(live, made_up(kind))
     seen(live)
 
 

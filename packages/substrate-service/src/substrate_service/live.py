@@ -42,7 +42,7 @@ _TROUBLES: Final[Mapping[type[Event], Callable[[Any], tuple[str, str]]]] = {
 
 
 class Live:
-    """An `Emit` that keeps what happened lately. `clock` gives seconds, `wall_ms` milliseconds since the epoch.
+    """Keeps what happened lately. `clock` gives seconds, `wall_ms` milliseconds since the epoch.
 
     Calls are counted by what their callers were told; in a daemon without a front, by their exchanges with guests. A
     start counts once a guest was claimed; where that is told elsewhere, once its reply or its error is here.
@@ -74,11 +74,6 @@ class Live:
     def sink(self, kind: type[Event]) -> Emit | None:
         """What is done with events of a kind."""
         return self._rules.get(kind)
-
-    def __call__(self, event: Event) -> None:
-        """Take in what the event says of the present."""
-        if (take := self.sink(type(event))) is not None:
-            take(event)
 
     def snapshot(
         self,
