@@ -340,6 +340,16 @@ async def test_a_zygote_that_says_what_nobody_asked_is_given_up(says: bytes):
     os.close(descriptor)
 
 
+async def test_a_zygote_whose_end_is_not_heard_yet_is_gone_all_the_same():
+    """An order can find that out first; taken for a failed restore, it would leave the dead base in place."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    wire = ZygoteWire(ours)
+    theirs.close()
+    with pytest.raises(BaseGone):
+        await wire.order("c1", "boot id", [], on_born=lambda _: None)
+    wire.close()
+
+
 @pytest.mark.parametrize("seed", range(20 if is_full() else 4))
 async def test_a_zygote_killed_while_it_is_cloned_leaves_no_clone_behind(rig: WarmRig, seed: int):
     """Even one that was forked and not told of."""

@@ -80,7 +80,8 @@ class ZygoteWire:
             socket.send_fds(self._sock, [msgspec.json.encode({"clone": guest_id, "boot_id": boot_id})], descriptors)
         except OSError as error:  # it has ended, or its socket is closed
             answer.cancel()
-            kind = BaseGone if self.lost else VmmError
+            unheard = isinstance(error, ConnectionError)  # of its end we shall be told a moment from now
+            kind = BaseGone if self.lost or unheard else VmmError
             raise kind(f"restore: the zygote takes no orders: {error}") from error
         self._ordered[guest_id] = answer, on_born
         return answer
